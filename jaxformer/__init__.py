@@ -1,0 +1,1 @@
+"""jaxformer: the Transformer of "Attention is all you need" in JAX/Flax."""
