@@ -8,12 +8,16 @@ from collections.abc import Callable
 
 from jax import Array
 
+from jaxformer.attention.dense import dense
 from jaxformer.attention.mask import Mask
 from jaxformer.attention.reference import reference
 
 __all__ = ["IMPLEMENTATIONS", "Mask", "attention"]
 
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"reference": reference}
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "dense": dense,
+    "reference": reference,
+}
 """In the order in which they are tried."""
 
 

@@ -7,6 +7,7 @@ fuses the hash into its consumer: no random array is ever written to memory.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -55,8 +56,18 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 
     Srivastava et al. (2014), in the inverted form: the expectation of every element is unchanged.
     """
-    if key is None or rate == 0.0:
-        return x
+    return x if key is None or rate == 0.0 else _drop(x, key, rate)
+
+
+# The gradient hashes the bits again: cheaper than keeping a mask for every layer.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _drop(x, key, rate):
     sharding = jax.typeof(x).sharding
     kept = keep(key, rate, x.shape, None if sharding.mesh.empty else sharding)
     return jnp.where(kept, x * jnp.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))
+
+
+_drop.defvjp(
+    lambda x, key, rate: (_drop(x, key, rate), key),
+    lambda rate, key, gradient: (_drop(gradient, key, rate), None),
+)

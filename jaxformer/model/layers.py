@@ -45,6 +45,22 @@ def weight(parameter: nnx.Param, dtype: jnp.dtype) -> Array:
     return gathered(parameter[...].astype(dtype))
 
 
+def linear(x_BTI: Array, kernel_IO: Array, *axes: str | None) -> Array:
+    """The matrix product of each position's features, [B, T, I], with [I, ...]: [B, T, ...].
+
+    `axes` are the logical axes of the result.
+
+    Positions and features are flattened first, because XLA:CPU computes the gradient of a product
+    of matrices at twice the speed of the same sum over three axes (53 against 101 ms for a
+    feed-forward layer of width 256, 4,096 positions, 2 cores).
+    """
+    B, T, I = x_BTI.shape
+    kernel = kernel_IO.reshape(I, -1)
+    flat = spec(axes[0], axes[2])
+    y = jnp.matmul(x_BTI.reshape(B * T, I), kernel, out_sharding=flat)
+    return y.reshape(B, T, *kernel_IO.shape[1:], out_sharding=spec(*axes))
+
+
 class Norm(nnx.Module):
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the features."""
 
@@ -98,12 +114,9 @@ class Attention(nnx.Module):
     def output(self, heads_BTHK: Array) -> Array:
         """Mixes the heads back into the features: [B, T, D]."""
         dtype = heads_BTHK.dtype
-        out_BTD = jnp.einsum(
-            "bthk,hkd->btd",
-            heads_BTHK,
-            weight(self.output_HKD, dtype),
-            out_sharding=spec("batch", None, None),
-        )
+        B, T, H, K = heads_BTHK.shape
+        kernel = weight(self.output_HKD, dtype).reshape(H * K, -1)
+        out_BTD = linear(heads_BTHK.reshape(B, T, H * K), kernel, "batch", None, None)
         if self.output_bias_D is not None:
             out_BTD += self.output_bias_D[...].astype(dtype)[None, None, :]
         return out_BTD
@@ -130,7 +143,7 @@ class Attention(nnx.Module):
 
 
 def _project(x_BTD: Array, kernel_DHK: nnx.Param, bias_HK: nnx.Param | None) -> Array:
-    y_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, weight(kernel_DHK, x_BTD.dtype))
+    y_BTHK = linear(x_BTD, weight(kernel_DHK, x_BTD.dtype), "batch", None, "heads", None)
     if bias_HK is not None:
         y_BTHK += bias_HK[...].astype(x_BTD.dtype)[None, None]
     return y_BTHK
@@ -156,20 +169,16 @@ class FeedForward(nnx.Module):
     def __call__(self, x_BTD: Array) -> Array:
         """[B, T, D] to [B, T, D], each position by itself."""
         dtype = x_BTD.dtype
-        hidden_BTF = jnp.einsum("btd,df->btf", x_BTD, weight(self.up_DF, dtype))
+        hidden_BTF = linear(x_BTD, weight(self.up_DF, dtype), "batch", None, "ffn")
         if self.up_bias_F is not None:
             hidden_BTF += self.up_bias_F[...].astype(dtype)[None, None, :]
         activate = ACTIVATIONS[self.activation]
         if self.gate_DF is None:
             hidden_BTF = activate(hidden_BTF)
         else:
-            hidden_BTF *= activate(jnp.einsum("btd,df->btf", x_BTD, weight(self.gate_DF, dtype)))
-        out_BTD = jnp.einsum(
-            "btf,fd->btd",
-            hidden_BTF,
-            weight(self.down_FD, dtype),
-            out_sharding=spec("batch", None, None),
-        )
+            gate_BTF = linear(x_BTD, weight(self.gate_DF, dtype), "batch", None, "ffn")
+            hidden_BTF *= activate(gate_BTF)
+        out_BTD = linear(hidden_BTF, weight(self.down_FD, dtype), "batch", None, None)
         if self.down_bias_D is not None:
             out_BTD += self.down_bias_D[...].astype(dtype)[None, None, :]
         return out_BTD

@@ -1,0 +1,1 @@
+"""Parallel text: builders, tokenizer, packing and batches."""

@@ -1,0 +1,1 @@
+"""The small bilingual grammar behind the `steve` dataset, and its tfds builder."""
