@@ -74,3 +74,18 @@ def place(batch: dict[str, Array], mesh: Mesh) -> dict[str, Array]:
         )
         for name, rows in batch.items()
     }
+
+
+def check_rows(rows: int, mesh: Mesh) -> None:
+    """Refuses batches whose rows cannot be dealt out evenly.
+
+    Raises:
+      UserError: names the fields, and what would be right.
+    """
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % shares:
+        raise UserError(
+            f"A (micro-)batch has {rows} rows, but config.mesh splits rows over {shares} devices "
+            "(data x fsdp); raise config.data.tokens_per_batch so that tokens_per_batch / "
+            f"target_length / accumulate is a multiple of {shares}, or use fewer devices."
+        )

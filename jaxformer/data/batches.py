@@ -1,23 +1,27 @@
 """Batches as a pure function of the step: no state to save, nothing to fast-forward on resuming.
 
-The pairs are packed into rows once. Every epoch shuffles all rows anew, and the epochs joined
-end to end are one endless stream of rows of which step s takes the rows [s R, (s + 1) R). As all epochs
-are equally long, row k of the stream is row k mod N of epoch k div N: finding a step costs one
-permutation, every pair is seen exactly once per epoch, and data smaller than a batch works too.
+The pairs are packed into rows once. Every epoch shuffles all rows anew, and the epochs joined end
+to end are one endless stream of rows, of which step s takes the rows [s R, (s + 1) R). All epochs
+have the same number of rows N, so row k of the stream is row k mod N of epoch k div N: finding a
+step costs one permutation, every pair is seen exactly once per epoch, and data smaller than a batch
+works too.
 """
 
 from __future__ import annotations
 
-import contextlib
+import collections
 import hashlib
 import json
-from collections.abc import Generator, Iterator, Sequence
-from functools import lru_cache, partial
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
-from absl import flags
 
 from jaxformer.data.packing import pack, random_order
 from jaxformer.data.tokenizer import BOS, EOS
@@ -134,7 +138,7 @@ class Batches(PackedRows):
 
     @property
     def steps_per_epoch(self) -> float:
-        """Batches in which every pair is seen once; a batch may end one epoch and begin the next."""
+        """Batches per pass through the data; a batch may end one epoch and begin the next."""
         return self.packing.rows / self.rows
 
     def rows_at(self, step: int, rows: slice = ALL) -> np.ndarray:
@@ -187,27 +191,53 @@ def prefetch(
       workers: processes that prepare batches; 0: one thread of this process.
 
     Raises:
-      Exception: whatever went wrong in the background, when its batch's turn comes.
+      Exception: whatever went wrong in the background, when the turn of its batch comes.
     """
-    steps = grain.MapDataset.range(start, stop).map(partial(_numbered, batches, rows))
-    # One thread: a batch takes a few milliseconds and holds the interpreter, two would take turns.
-    ahead = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=READY))
+    executor: Executor
     if workers:
-        if not flags.FLAGS.is_parsed():  # Grain reads its flags, and not every caller is an absl app
-            flags.FLAGS.mark_as_parsed()
-        ahead = ahead.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=READY)
-        )
-    with contextlib.closing(iter(ahead)) as iterator:
-        yield from iterator
+        # Spawned: a fork would copy the locks of the threads that JAX runs.
+        spawn = multiprocessing.get_context("spawn")
+        executor = ProcessPoolExecutor(workers, spawn, _adopt, (batches,))
+        prepare: Callable[[int, slice], dict[str, np.ndarray]] = _adopted_batch_at
+    else:
+        # One thread: preparing a batch holds the interpreter, so that two would take turns.
+        executor, prepare = ThreadPoolExecutor(1, "batches"), batches.batch_at
+    ready = READY + workers
+    try:
+        first = range(start, min(start + ready, stop))
+        ahead = collections.deque(executor.submit(prepare, step, rows) for step in first)
+        for step in range(start, stop):
+            if step + ready < stop:
+                ahead.append(executor.submit(prepare, step + ready, rows))
+            yield step, ahead.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
-def _numbered(batches: PackedRows, rows: slice, step: int) -> tuple[int, dict[str, np.ndarray]]:
-    return step, batches.batch_at(step, rows)
+_adopted: PackedRows  # in a worker process: what it makes batches from, sent once
+
+
+def _adopt(batches: PackedRows) -> None:
+    """Begins a worker process: it leaves Ctrl-C to its parent, and ends when the parent is gone."""
+    global _adopted
+    _adopted = batches
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _adopted_batch_at(step: int, rows: slice) -> dict[str, np.ndarray]:
+    return _adopted.batch_at(step, rows)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+    os._exit(0)
 
 
 class _Side:
-    """Where the tokens of one side of the rows go: sentences side by side, one place for EOS/BOS."""
+    """Where the tokens of one side go: sentence by sentence, with a place for BOS or EOS each."""
 
     def __init__(self, pairs_B: np.ndarray, sentences: Sequence[np.ndarray], length: int):
         self._shape = (len(pairs_B), length)

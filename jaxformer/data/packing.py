@@ -2,9 +2,9 @@
 
 A row has S source and T target positions, and a pair must fit on both sides. Rows are filled in
 random order, so that they mix long and short pairs from all over the data, and only the last pair
-or two of a row are chosen: those that close the gap on both sides at once. With tens of thousands of
-pairs to choose from there nearly always are such. Pairs of equal lengths are interchangeable, so
-the search works on how many pairs there are of each (source, target) length, never on single pairs.
+or two of a row are chosen: those that close the gap on both sides at once. Among tens of thousands
+there nearly always are such. Pairs of equal lengths are interchangeable, so the search works on how
+many pairs there are of each (source, target) length, never on single pairs.
 
 Lengths are tokens of the text alone. In a row every sentence takes one position more: the source
 and the targets end with EOS, the decoder inputs begin with BOS.
@@ -52,17 +52,12 @@ class Packing:
         return source, target
 
 
-def random_bits(count: int, key: int) -> np.ndarray:
-    """uint64 [count]: a pure function of (count, key < 2**128), the same on every platform.
-
-    The raw Philox stream, because NumPy promises no more than that across its versions.
-    """
-    return np.random.Philox(key=key).random_raw(count)
-
-
 def random_order(count: int, key: int) -> np.ndarray:
-    """int64 [count]: a permutation, a pure function of (count, key)."""
-    return np.argsort(random_bits(count, key), kind="stable")
+    """int64 [count]: a permutation, a pure function of (count, key < 2**128) on every platform.
+
+    Made from the raw Philox stream, because NumPy promises no more than that across its versions.
+    """
+    return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
 
 
 def source_capacity(lengths_N2: np.ndarray, target_length: int, max_tokens: int = 0) -> int:
@@ -79,7 +74,7 @@ def source_capacity(lengths_N2: np.ndarray, target_length: int, max_tokens: int 
     positions_N2 = lengths_N2[_fits(lengths_N2, (2**62, target_length), max_tokens)] + np.int64(1)
     if not len(positions_N2):
         return max(8, math.ceil(target_length / 8) * 8)
-    source, target = (int(total) for total in positions_N2.sum(axis=0))
+    source, target = positions_N2.sum(axis=0).tolist()
     even = target_length * source / target
     near = [max(8, math.floor(even / 8) * 8), math.ceil(even / 8) * 8]
     best = min(near, key=lambda capacity: max(even / capacity, capacity / even))
@@ -103,34 +98,34 @@ def pack(
     ids = ids[random_order(len(ids), key)]
     positions_N2 = lengths_N2[ids] + np.int64(1)
     # One integer stands for a pair of lengths: adding and subtracting it is adding and subtracting
-    # both lengths, and the stride is so wide that a negative target length shows up as > T.
-    stride = 2 * capacity[1] + 2
+    # both lengths. The stride is so wide that a target length below 0, at worst -T - SLACK, shows
+    # up as one above T, which no pair has.
+    stride = 2 * capacity[1] + SLACK + 1
     cells = positions_N2[:, 0] * stride + positions_N2[:, 1]
-    totals = (int(positions_N2[:, 0].sum()), int(positions_N2[:, 1].sum()))
-    placed, starts = _fill_rows(cells, stride, capacity, totals, key)
+    placed, starts = _fill_rows(cells, stride, capacity)
     # Rows were made of lengths; now the i-th place for a length takes the i-th pair of that length.
     order = np.empty_like(ids)
     order[np.argsort(placed, kind="stable")] = ids[np.argsort(cells, kind="stable")]
-    return Packing(order, starts, np.flatnonzero(~fits), capacity, totals)
+    source, target = positions_N2.sum(axis=0).tolist()
+    return Packing(order, starts, np.flatnonzero(~fits), capacity, (source, target))
 
 
 def _fits(lengths_N2: np.ndarray, capacity: tuple[int, int], max_tokens: int) -> np.ndarray:
     limits = np.asarray(capacity, np.int64) - 1
     if max_tokens:
         limits = np.minimum(limits, max_tokens)
-    return (lengths_N2 <= limits).all(axis=1)
+    return np.all(lengths_N2 <= limits, axis=1)
 
 
 def _fill_rows(
-    cells: np.ndarray, stride: int, capacity: tuple[int, int], totals: tuple[int, int], key: int
+    cells: np.ndarray, stride: int, capacity: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(cells in the order of their places, row starts), both int64."""
-    pool = _Pool(cells, key)
-    source_left, target_left = totals
-    # Rows are aimed at the ratio of what is left, so that neither side runs out before the other.
     S, T = capacity
-    reserve_source = RESERVE * source_left / max(len(cells), 1)
-    reserve_target = RESERVE * target_left / max(len(cells), 1)
+    pool = _Pool(cells)
+    reserve_source, reserve_target = (
+        RESERVE * lengths.sum() / max(len(cells), 1) for lengths in np.divmod(cells, stride)
+    )
     gaps = itertools.product(range(SLACK + 1), repeat=2)
     slack = [s * stride + t for s, t in sorted(gaps, key=lambda gap: gap[0] / S + gap[1] / T)]
     draws = pool.draws()
@@ -141,11 +136,7 @@ def _fill_rows(
         if not hand:
             return np.array(placed, np.int64), np.array(starts, np.int64)
         row = [hand.pop(0)]  # the oldest: nothing waits for ever
-        aim_source = min(S, -(-T * source_left // target_left))
-        aim_target = min(T, -(-S * target_left // source_left))
-        if row[0] // stride > aim_source or row[0] % stride > aim_target:
-            aim_source, aim_target = S, T
-        free = aim_source * stride + aim_target - row[0]
+        free = S * stride + T - row[0]
         i = 0
         while i < len(hand) and free // stride > reserve_source and free % stride > reserve_target:
             if _inside(hand[i], free, stride):
@@ -156,8 +147,6 @@ def _fill_rows(
         row += _close(free, stride, hand, pool, slack)
         placed.extend(row)
         starts.append(len(placed))
-        source_left -= sum(row) // stride
-        target_left -= sum(row) % stride
 
 
 def _inside(cell: int, free: int, stride: int) -> bool:
@@ -188,11 +177,10 @@ def _close(free: int, stride: int, hand: list[int], pool: _Pool, slack: list[int
 class _Pool:
     """The pairs not yet in a row or in the hand, as a count for each pair of lengths."""
 
-    def __init__(self, cells: np.ndarray, key: int):
+    def __init__(self, cells: np.ndarray):
         kinds, counts = np.unique(cells, return_counts=True)
         self.count: dict[int, int] = dict(zip(kinds.tolist(), counts.tolist(), strict=True))
         self._cells = cells
-        self._key = key
 
     def take(self, cell: int) -> int:
         """The cell, with one pair fewer of it in the pool."""
@@ -203,18 +191,12 @@ class _Pool:
         return cell
 
     def draws(self) -> Iterator[int]:
-        """Draws until the pool is empty, in the given order.
+        """Draws in the given order until the pool is empty.
 
-        Of the n pairs of a kind still to come, those that `take` has taken meanwhile must be left
-        out. Which ones is drawn by lot: leaving out the last ones would take the short pairs, the
-        best for closing gaps, away from the end of the data.
+        What `take` has taken meanwhile is left out when its kind has run out, which need not be
+        where the same pair would have come: pairs of a kind are interchangeable.
         """
-        coming = dict(self.count)
-        lots = (random_bits(len(self._cells), self._key ^ 1) >> np.uint64(32)) * 2.0**-32  # < 1
         for start in range(0, len(self._cells), DRAW_CHUNK):
-            chunk = slice(start, start + DRAW_CHUNK)
-            for cell, lot in zip(self._cells[chunk].tolist(), lots[chunk].tolist(), strict=True):
-                waiting = coming[cell]
-                coming[cell] = waiting - 1
-                if lot * waiting < self.count.get(cell, 0):
+            for cell in self._cells[start : start + DRAW_CHUNK].tolist():
+                if cell in self.count:
                     yield self.take(cell)

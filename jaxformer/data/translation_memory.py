@@ -9,7 +9,8 @@ import numpy as np
 import scipy.sparse
 
 _ORDERS = (1, 2)  # characters per n-gram: Chinese words are that long
-_FREQUENT = 0.3  # n-grams in a larger share of the sources tell little and cost most of the time
+# N-grams in more sources than this count and share of them cost the most time and tell the least.
+_FREQUENT_COUNT, _FREQUENT_SHARE = 1000, 0.3
 _CHUNK = 200  # queries compared with all sources at a time: bounds the memory
 
 
@@ -32,7 +33,7 @@ def nearest_targets(
     query_grams = _gram_counts(queries, vocabulary, grow=False)
     frequency = np.bincount(source_grams.indices, minlength=len(vocabulary))
     weights = 1 + np.log((1 + len(sources)) / (1 + frequency))
-    weights[frequency > max(1, _FREQUENT * len(sources))] = 0
+    weights[frequency > max(_FREQUENT_COUNT, _FREQUENT_SHARE * len(sources))] = 0
     weighting = scipy.sparse.diags_array(weights.astype(np.float32))
     index = _unit_rows(source_grams @ weighting).T.tocsr()
     query_rows = (query_grams @ weighting).tocsr()
@@ -71,4 +72,4 @@ def _unit_rows(matrix: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
 def _first_best(scores: scipy.sparse.csr_array, row: int) -> int:
     part = slice(scores.indptr[row], scores.indptr[row + 1])
     values, columns = scores.data[part], scores.indices[part]
-    return int(columns[values == values.max()].min()) if values.size and values.max() > 0 else 0
+    return int(columns[values == values.max()].min()) if values.size else 0

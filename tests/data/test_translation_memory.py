@@ -25,8 +25,12 @@ def test_the_first_of_equal_sources_wins():
 
 
 def test_a_rare_character_counts_more_than_a_frequent_one():
-    sources = ["的的的甲", "的的的乙", "的的的丙", "的的的丁"]
-    assert nearest_targets(["的乙"], sources, list("abcd")) == ["b"]
+    sources = ["的甲", "的丙", "的丁", "乙戊"]
+    assert nearest_targets(["的乙"], sources, list("abcd")) == ["d"]
+
+
+def test_a_longer_source_is_not_nearer_for_its_length():
+    assert nearest_targets(["猫"], ["猫猫猫猫猫狗鸟鱼", "猫"], ["zoo", "cat"]) == ["cat"]
 
 
 def test_nothing_in_common_and_an_empty_query_give_the_first():

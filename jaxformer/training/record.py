@@ -1,0 +1,117 @@
+"""What a run tells: progress on the screen, JSON lines and TensorBoard events in the workdir."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from jaxformer.errors import UserError
+
+LOG = "metrics.jsonl"
+QUIET_SECONDS = 15.0
+"""Where there is no terminal, a line of progress is printed this often."""
+
+
+def read_log(workdir: Path) -> list[dict[str, float]]:
+    """The records of a run, in order; a last line cut short by a crash is left out."""
+    path = workdir / LOG
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class Record:
+    """Writes the numbers of a run to disk.
+
+    A run that goes on at `step` first drops what was written after it: those steps will come again.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        kept = [record for record in read_log(workdir) if record["step"] <= step]
+        partial = workdir / f"{LOG}.partial"
+        partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        partial.rename(workdir / LOG)
+        self._file = (workdir / LOG).open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line and one event for each value; on disk before this returns."""
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._file.name} cannot be written ({error.strerror}); make room on the disk "
+                "and start the same command again: it goes on from the last checkpoint."
+            ) from error
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both files."""
+        self._file.close()
+        self._events.close()
+
+
+class Display:
+    """A live line: step, loss, learning rate, tokens per second, share of the peak, time left."""
+
+    def __init__(self, console: Console, first: int, last: int):
+        self._console = console
+        self._last = last
+        self._clock = time.monotonic()
+        self._first = first
+        self._said = self._clock
+        self._loss: float | None = None
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=last, completed=first, status="")
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, step: int, loss: float, rate: float, tokens: float, share: float) -> None:
+        """Shows one step; `tokens` per second, `share` of the matmul peak."""
+        self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
+        status = f"loss {self._loss:.3f}  lr {rate:.2e}  {tokens:,.0f} tok/s  {share:.0%} of peak"
+        self._progress.update(self._task, completed=step, status=status)
+        now = time.monotonic()
+        if not self._console.is_terminal and (now - self._said > QUIET_SECONDS or step == self._last):
+            self._said = now
+            left = (now - self._clock) / max(step - self._first, 1) * (self._last - step)
+            self._console.print(f"step {step}/{self._last}  {status}  {_time(left)} left")
+
+    def say(self, text: str) -> None:
+        """A line above the progress."""
+        self._console.print(text)
+
+
+def _time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
