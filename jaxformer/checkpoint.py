@@ -345,6 +345,9 @@ def _agreed(count: int, choose: Callable[[], list[int]]) -> list[int]:
 
 def _context() -> ocp.Context:
     context = ocp.Context()
+    # A save that fails at once would otherwise leave a thread waiting for its directory, for the
+    # twenty minutes of Orbax's timeout, and the process with it.
+    context.async_options.create_directories_asynchronously = False
     saving = context.array_options.saving
     saving.use_compression = False  # a fifth less to store is not worth twice the CPU time
     # Splitting the writing of replicated arrays pays only where the writers are different hosts.

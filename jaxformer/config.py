@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
+from absl import flags
 
 from jaxformer.errors import UserError
 
@@ -307,3 +308,45 @@ def kv_heads(model: ModelConfig) -> int:
 def _get(config: Config, name: str) -> Any:
     section, field = name.split(".")
     return getattr(getattr(config, section), field)
+
+
+def parse_flags(argv: Sequence[str]) -> None:
+    """Parses the command line into `absl.flags.FLAGS`.
+
+    Raises:
+      UserError: an unknown flag or field (the nearest is named), a value of the wrong type, or a
+        config file that is not there or fails.
+    """
+    try:
+        flags.FLAGS(argv)
+        _ = list(
+            flags.FLAGS.config or ()
+        )  # a file that failed to load says so only when it is asked for
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from error
+    except (AttributeError, KeyError) as error:
+        # ml_collections quotes its own message once for each exception it passes through.
+        words = str(error).replace("\\n", " ").replace("\\", "").replace("\n", " ")
+        field, _, hint = words.replace("'", "").replace('"', "").partition(" Did you mean ")
+        near = hint.partition(" instead")[0]
+        cure = f"did you mean {near!r}?" if near else "jaxformer/config.py lists all fields."
+        raise UserError(f"The config has no field {field!r}: {cure}") from error
+    except OSError as error:
+        raise UserError(f"--config cannot be loaded: {_root_cause(error)}") from error
+
+
+def _root_cause(error: BaseException) -> str:
+    while (deeper := error.__cause__ or error.__context__) is not None:
+        error = deeper
+    return " ".join(str(error).split())
+
+
+def choose(preset: str, presets: Mapping[str, Any]) -> Any:
+    """The value of a preset of a config file.
+
+    Raises:
+      UserError: no such preset; the known ones are named.
+    """
+    if preset not in presets:
+        raise UserError(f"There is no preset {preset!r}; choose one of {', '.join(presets)}.")
+    return presets[preset]

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
+import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -63,7 +65,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Explicit,) * len(sizes))
 
 
-def place(batch: dict[str, Array], mesh: Mesh) -> dict[str, Array]:
+def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
     """Host arrays [B, ...] as global arrays with their rows split over (data, fsdp).
 
     Each process brings its own rows of the global batch.

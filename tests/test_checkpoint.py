@@ -318,6 +318,23 @@ def test_a_full_disk_is_one_sentence_and_costs_no_earlier_step(tmp_path):
         subprocess.run(["umount", str(small_disk)], check=True)
 
 
+FAILS_AT_ONCE = """
+    import sys
+    import jax.numpy as jnp
+    from jaxformer.checkpoint import Checkpoints
+    w = jnp.ones(8)
+    w.delete()
+    Checkpoints(sys.argv[1], keep=3).save(1, {"params": {"w": w}}, {})
+"""
+
+
+def test_a_save_that_fails_at_once_does_not_hold_the_process(tmp_path):
+    script = [sys.executable, "-c", textwrap.dedent(FAILS_AT_ONCE), str(tmp_path)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "Array has been deleted" in done.stderr
+
+
 def test_orbax_chatter_stays_off_the_log(checkpoints, caplog):
     with caplog.at_level(logging.DEBUG):
         saved(checkpoints, 1)

@@ -14,7 +14,7 @@ def weights_BGRTS(q_BTGRK: Array, k_BSGK: Array, mask: Mask, bias_BHTS: Array | 
 
     A query that may look at nothing has only zero weights.
     """
-    B, T, G, R, K = q_BTGRK.shape
+    _, T, G, R, K = q_BTGRK.shape
     S = k_BSGK.shape[1]
     q_BTGRK = q_BTGRK * jnp.asarray(K**-0.5, q_BTGRK.dtype)
     scores_BGRTS = jnp.einsum(

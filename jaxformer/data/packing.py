@@ -122,12 +122,12 @@ def _fill_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(cells in the order of their places, row starts), both int64."""
     S, T = capacity
-    pool = _Pool(cells)
-    reserve_source, reserve_target = (
-        RESERVE * lengths.sum() / max(len(cells), 1) for lengths in np.divmod(cells, stride)
-    )
+    source_left, target_left = (int(lengths.sum()) for lengths in np.divmod(cells, stride))
+    reserve_source = RESERVE * source_left / max(len(cells), 1)
+    reserve_target = RESERVE * target_left / max(len(cells), 1)
     gaps = itertools.product(range(SLACK + 1), repeat=2)
     slack = [s * stride + t for s, t in sorted(gaps, key=lambda gap: gap[0] / S + gap[1] / T)]
+    pool = _Pool(cells)
     draws = pool.draws()
     hand: list[int] = []
     placed, starts = array("q"), array("q", [0])
@@ -136,7 +136,12 @@ def _fill_rows(
         if not hand:
             return np.array(placed, np.int64), np.array(starts, np.int64)
         row = [hand.pop(0)]  # the oldest: nothing waits for ever
-        free = S * stride + T - row[0]
+        # Both sides are to run out together: the wider one is not filled beyond its due.
+        aim_source = min(S, -(-T * source_left // target_left))
+        aim_target = min(T, -(-S * target_left // source_left))
+        if row[0] // stride > aim_source or row[0] % stride > aim_target:
+            aim_source, aim_target = S, T
+        free = aim_source * stride + aim_target - row[0]
         i = 0
         while i < len(hand) and free // stride > reserve_source and free % stride > reserve_target:
             if _inside(hand[i], free, stride):
@@ -147,6 +152,8 @@ def _fill_rows(
         row += _close(free, stride, hand, pool, slack)
         placed.extend(row)
         starts.append(len(placed))
+        source_left -= sum(row) // stride
+        target_left -= sum(row) % stride
 
 
 def _inside(cell: int, free: int, stride: int) -> bool:

@@ -37,7 +37,9 @@ def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
     text = load(data, "train")
     tokenizer = tokenizer or trained_tokenizer(text, data.vocab_size, cache)
     tokens = tokenize(text, tokenizer, cache)
-    source_length = data.source_length or source_capacity(tokens.lengths_N2, data.target_length)
+    source_length = data.source_length or source_capacity(
+        tokens.lengths_N2, data.target_length, data.max_tokens
+    )
     rows = data.tokens_per_batch // data.target_length
     train = Batches(
         tokens,

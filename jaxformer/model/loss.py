@@ -43,7 +43,8 @@ def cross_entropy(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _sums(x_BTD, table_VD, targets_BT, weights_BT, smoothing):
     def chunk(sums, chunk_inputs):
-        more, _ = _chunk_sums(*chunk_inputs, table_VD, smoothing)
+        x_BtD, targets_Bt, weights_Bt = chunk_inputs
+        more, _ = _chunk_sums(x_BtD, targets_Bt, weights_Bt, table_VD, smoothing)
         return _add(sums, more), None
 
     return jax.lax.scan(chunk, _zeros(), _chunks(x_BTD, targets_BT, weights_BT))[0]
@@ -52,8 +53,8 @@ def _sums(x_BTD, table_VD, targets_BT, weights_BT, smoothing):
 def _sums_fwd(x_BTD, table_VD, targets_BT, weights_BT, smoothing):
     def chunk(carry, chunk_inputs):
         sums, table_grad_VD = carry
-        x_BtD = chunk_inputs[0]
-        more, logit_grad_BtV = _chunk_sums(*chunk_inputs, table_VD, smoothing)
+        x_BtD, targets_Bt, weights_Bt = chunk_inputs
+        more, logit_grad_BtV = _chunk_sums(x_BtD, targets_Bt, weights_Bt, table_VD, smoothing)
         logit_grad_BtV = logit_grad_BtV.astype(x_BtD.dtype)
         x_grad_BtD = jnp.einsum(
             "btv,vd->btd", logit_grad_BtV, table_VD, out_sharding=spec("batch", None, None)
@@ -110,7 +111,9 @@ def _chunk_sums(x_BtD, targets_Bt, weights_Bt, table_VD, smoothing):
     exp_BtV = jnp.exp(logits_BtV - top_Bt[..., None])
     sum_Bt = exp_BtV.sum(-1)
     log_z_Bt = jnp.log(sum_Bt) + top_Bt
-    token_V = jax.lax.broadcasted_iota(jnp.int32, (1, 1, V), 2, out_sharding=spec(None, None, "vocab"))
+    token_V = jax.lax.broadcasted_iota(
+        jnp.int32, (1, 1, V), 2, out_sharding=spec(None, None, "vocab")
+    )
     hit_BtV = targets_Bt[..., None] == token_V
     right_Bt = jnp.where(hit_BtV, logits_BtV, 0.0).sum(-1)
     nll_Bt = log_z_Bt - right_Bt

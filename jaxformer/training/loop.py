@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 from jax import Array
 from rich.console import Console
 
@@ -111,7 +110,9 @@ class Training:
         reached = int(self.state["step"])
         where = self.workdir / "checkpoints" / str(reached)
         if reached < last:
-            self.console.print(f"Stopped at step {reached}, saved in {where}; the same command goes on.")
+            self.console.print(
+                f"Stopped at step {reached}, saved in {where}; the same command goes on."
+            )
         return reached == last
 
     def save(self, done: int) -> None:
@@ -167,7 +168,8 @@ class Training:
         step = functools.partial(train_step, config=self.config, optimizer=self.optimizer)
         batch = sharding.place(self.data.train.batch_at(0), self.mesh)
         compiled = jax.jit(step, donate_argnums=0).lower(self.state, batch).compile()
-        temporary = compiled.memory_analysis().temp_size_in_bytes
+        memory = compiled.memory_analysis()
+        temporary = 0 if memory is None else memory.temp_size_in_bytes
         self.console.print(
             f"Compiled the step in {time.perf_counter() - start:.1f} s; "
             f"{temporary / 2**20:,.0f} MiB of temporaries per device"
@@ -240,7 +242,9 @@ class _Watch:
             f"({in_row} in a row)"
         )
         if in_row >= self.training.config.train.max_nonfinite:
-            ids = [pair for row in self.training.data.train.example_ids_at(done - 1) for pair in row]
+            ids = [
+                pair for row in self.training.data.train.example_ids_at(done - 1) for pair in row
+            ]
             raise UserError(
                 f"Training stopped at step {done}: {in_row} updates in a row were not finite. The "
                 f"last batch holds the training pairs {', '.join(map(str, ids))}. Lower "

@@ -51,7 +51,7 @@ def make(config: Config) -> optax.GradientTransformation:
 
 
 def decayed(params):
-    """Which parameters weight decay pulls to zero: matrices, not the scales and biases of a layer."""
+    """Which parameters weight decay pulls to zero: matrices, not scales and biases."""
     return trees.unflatten(
         params,
         {

@@ -91,7 +91,10 @@ class Display:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._progress.stop()
 
@@ -101,7 +104,8 @@ class Display:
         status = f"loss {self._loss:.3f}  lr {rate:.2e}  {tokens:,.0f} tok/s  {share:.0%} of peak"
         self._progress.update(self._task, completed=step, status=status)
         now = time.monotonic()
-        if not self._console.is_terminal and (now - self._said > QUIET_SECONDS or step == self._last):
+        due = now - self._said > QUIET_SECONDS or step == self._last
+        if due and not self._console.is_terminal:
             self._said = now
             left = (now - self._clock) / max(step - self._first, 1) * (self._last - step)
             self._console.print(f"step {step}/{self._last}  {status}  {_time(left)} left")

@@ -11,33 +11,14 @@ from hypothesis import strategies as st
 
 from jaxformer.data.batches import Batches, PackedRows, eval_batches, prefetch
 from jaxformer.data.packing import Packing
+from jaxformer.data.tokens import TokenPairs
 from jaxformer.errors import UserError
 
 
-class Tokens:
-    """Token ids in memory."""
-
-    def __init__(self, sources, targets):
-        self._sources = [np.array(ids, np.int32) for ids in sources]
-        self._targets = [np.array(ids, np.int32) for ids in targets]
-        sides = zip(sources, targets, strict=True)
-        self.lengths_N2 = np.array([(len(s), len(t)) for s, t in sides], np.int32).reshape(-1, 2)
-        self.fingerprint = str(sources) + str(targets)
-
-    def __len__(self):
-        return len(self._sources)
-
-    def source(self, i):
-        return self._sources[i]
-
-    def target(self, i):
-        return self._targets[i]
-
-
-def numbered(pairs: int, seed: int = 0) -> Tokens:
+def numbered(pairs: int, seed: int = 0) -> TokenPairs:
     """Pairs of random lengths whose tokens tell which pair they are of."""
     lengths = np.random.default_rng(seed).integers(0, 12, (pairs, 2))
-    return Tokens(
+    return TokenPairs.of(
         [[1000 + i] * s for i, (s, _) in enumerate(lengths)],
         [[5000 + i] * t for i, (_, t) in enumerate(lengths)],
     )
@@ -63,7 +44,7 @@ def ids_in(made: PackedRows, steps) -> list[int]:
 
 
 def test_a_small_batch_by_hand():
-    tokens = Tokens([[11, 12], [21], []], [[31], [41, 42, 43], [51, 52]])
+    tokens = TokenPairs.of([[11, 12], [21], []], [[31], [41, 42, 43], [51, 52]])
     made = eval_batches(tokens, 3, 6, 7)
     # Rows (pair 2, pair 0) and (pair 1), whatever the packing makes of them.
     order, starts = np.array([2, 0, 1]), np.array([0, 2, 3])
@@ -180,7 +161,7 @@ def test_the_fingerprint_tells_apart_what_gives_other_batches():
     ],
 )
 def test_nothing_that_fits_is_an_error_with_a_cure(pairs, options, parts):
-    tokens = Tokens([[9] * s for s, _ in pairs], [[9] * t for _, t in pairs])
+    tokens = TokenPairs.of([[9] * s for s, _ in pairs], [[9] * t for _, t in pairs])
     with pytest.raises(UserError) as error:
         Batches(tokens, seed=0, rows=2, source_length=8, target_length=8, **options)
     assert all(part in str(error.value) for part in parts), str(error.value)

@@ -66,6 +66,10 @@ def test_little_padding_on_both_sides(target_length):
     assert len(packing.excluded) < 0.005 * len(lengths_N2)
 
 
+def test_a_source_side_wider_than_needed_leaves_the_target_side_full():
+    assert pack(corpus(30_000), (160, 128)).padding[1] < 0.012
+
+
 def test_padding_is_the_share_of_empty_positions():
     packing = pack(np.array([[3, 5], [1, 7]]), (8, 16))  # 4 + 2 of 8 positions, 6 + 8 of 16
     assert packing.rows == 1
