@@ -12,7 +12,7 @@ from jaxformer.training import loop
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/ and its preset; --config.FIELD=VALUE changes a field."
 )
-WORKDIR = flags.DEFINE_string("workdir", "", "The directory that keeps everything of the run.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The directory that keeps everything of the run.")
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     with plainly_said():
         flags.mark_flags_as_required(["config", "workdir"])
         parse_flags(sys.argv)
-        loop.run(CONFIG.value, WORKDIR.value)
+        loop.run(CONFIG.value, WORKDIR.value or "")
 
 
 if __name__ == "__main__":

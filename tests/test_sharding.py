@@ -1,0 +1,184 @@
+"""The same numbers on every mesh of the eight virtual devices."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxformer import trees
+from jaxformer.config import MeshConfig, ModelConfig
+from jaxformer.errors import UserError
+from jaxformer.model import Transformer, forward
+from jaxformer.model.loss import cross_entropy
+from jaxformer.sharding import check_rows, make_mesh, place
+
+V, ROWS, LENGTH = 64, 8, 16
+AXES = ("data", "fsdp", "tensor", "context")
+PAPER = ModelConfig(
+    d_model=32, num_heads=8, d_ff=64, encoder_layers=2, decoder_layers=2, dropout=0.0
+)
+DROPPING = dataclasses.replace(PAPER, dropout=0.1, attention_dropout=0.1)
+MODERN = dataclasses.replace(
+    PAPER,
+    num_kv_heads=4,
+    activation="swiglu",
+    norm="rms",
+    norm_position="pre",
+    positions="rotary",
+    share_embeddings=False,
+    tie_output=False,
+)
+MESHES = [
+    ((8, 1, 1, 1), PAPER),
+    ((1, 8, 1, 1), PAPER),
+    ((1, 1, 8, 1), PAPER),
+    ((2, 2, 2, 1), DROPPING),
+    ((4, 1, 2, 1), MODERN),
+]
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    segments = np.sort(rng.integers(0, 4, (ROWS, LENGTH)), axis=1)[:, ::-1].astype(np.int32)
+    positions = np.arange(LENGTH, dtype=np.int32) - np.argmax(
+        segments[:, :, None] == segments[:, None, :], axis=-1
+    ).astype(np.int32)
+    tokens = {
+        name: rng.integers(1, V, (ROWS, LENGTH), np.int32)
+        for name in ("source_BS", "inputs_BT", "targets_BT")
+    }
+    return tokens | {
+        "source_segments_BS": segments,
+        "source_positions_BS": positions,
+        "target_segments_BT": segments,
+        "target_positions_BT": positions,
+    }
+
+
+BATCH = batch()
+
+
+def loss_and_gradients(model, rows):
+    key = jax.random.key(1) if model.config.dropout else None
+
+    def loss(model):
+        x_BTD = forward(model, rows, key)
+        weights_BT = rows["target_segments_BT"] > 0
+        return cross_entropy(model, x_BTD, rows["targets_BT"], weights_BT, 0.1)["loss"]
+
+    value, gradients = jax.value_and_grad(loss)(model)
+    return value, trees.flatten(gradients)
+
+
+def initial(config):
+    return Transformer(config, V, jax.random.key(0))
+
+
+@functools.cache
+def on_one_device(config):
+    """Parameters, and (loss, gradients), without any mesh."""
+    model = jax.jit(initial, static_argnums=0)(config)
+    return model, jax.jit(loss_and_gradients)(model, BATCH)
+
+
+def agree(got, wanted):
+    (loss, gradients), (wanted_loss, wanted_gradients) = got, wanted
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+    assert gradients.keys() == wanted_gradients.keys()
+    for name, gradient in gradients.items():
+        size = abs(np.asarray(wanted_gradients[name])).max()
+        error = abs(np.asarray(gradient) - np.asarray(wanted_gradients[name])).max()
+        # No key bias has a gradient: it moves all scores of a query alike. What is left is noise.
+        assert error <= 1e-5 * (1.0 if "key_bias" in name else size), name
+
+
+def check_on(mesh, config):
+    model, wanted = on_one_device(config)
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(functools.partial(initial, config))
+        layouts = jax.tree.map(lambda leaf: NamedSharding(mesh, leaf.sharding.spec), shapes)
+        spread = jax.device_put(model, layouts)
+        got = jax.jit(loss_and_gradients)(spread, place(BATCH, mesh))
+    agree(got, wanted)
+    for name, leaf in trees.flatten(spread).items():
+        assert got[1][name].sharding.is_equivalent_to(leaf.sharding, leaf.ndim), name
+
+
+@pytest.mark.parametrize(("sizes", "config"), MESHES, ids=[str(sizes) for sizes, _ in MESHES])
+def test_loss_and_gradients_are_those_of_one_device(sizes, config):
+    check_on(make_mesh(MeshConfig(*sizes)), config)
+
+
+def test_a_mesh_of_one_device_changes_nothing():
+    alone = jax.devices()[:1]
+    check_on(jax.make_mesh((1,) * 4, AXES, (AxisType.Explicit,) * 4, devices=alone), PAPER)
+
+
+def test_parameters_are_born_in_shards_and_with_the_values_of_one_device():
+    mesh = make_mesh(MeshConfig(2, 2, 2, 1))
+    with jax.set_mesh(mesh):
+        born = trees.flatten(jax.jit(initial, static_argnums=0)(MODERN))
+    expected = {
+        "embedding_VD": P("tensor", "fsdp"),
+        "target_embedding_VD": P("tensor", "fsdp"),
+        "output_VD": P("tensor", "fsdp"),
+        "encoder/blocks/self_attention/query_DHK": P(None, "fsdp", "tensor", None),
+        "encoder/blocks/self_attention/value_DGK": P(None, "fsdp", "tensor", None),
+        "encoder/blocks/self_attention/query_bias_HK": P(None, "tensor", None),
+        "decoder/blocks/cross_attention/output_HKD": P(None, "tensor", None, "fsdp"),
+        "decoder/blocks/cross_attention/output_bias_D": P(None, None),
+        "decoder/blocks/feed_forward/up_DF": P(None, "fsdp", "tensor"),
+        "decoder/blocks/feed_forward/gate_DF": P(None, "fsdp", "tensor"),
+        "decoder/blocks/feed_forward/down_FD": P(None, "tensor", "fsdp"),
+        "decoder/blocks/feed_forward/up_bias_F": P(None, "tensor"),
+        "decoder/blocks/feed_forward_norm/scale_D": P(None, None),
+        "decoder/norm/scale_D": P(None),
+    }
+    for name, layout in expected.items():
+        array = born[name]
+        assert array.sharding.is_equivalent_to(NamedSharding(mesh, layout), array.ndim), name
+        ways = math.prod(2 for axis in layout if axis)
+        assert {s.data.nbytes for s in array.addressable_shards} == {array.nbytes // ways}, name
+    alone = trees.flatten(on_one_device(MODERN)[0])
+    for name, array in born.items():
+        np.testing.assert_array_equal(array, alone[name], name)
+
+
+def test_rows_of_a_batch_are_dealt_out_in_order():
+    mesh = make_mesh(MeshConfig(2, 2, 2, 1))
+    rows = place({"inputs_BT": BATCH["inputs_BT"]}, mesh)["inputs_BT"]
+    np.testing.assert_array_equal(rows, BATCH["inputs_BT"])
+    for shard in rows.addressable_shards:
+        assert shard.data.shape == (ROWS // 4, LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "made"),
+    [
+        (MeshConfig(), (8, 1, 1, 1)),
+        (MeshConfig(2, -1, 2, 1), (2, 2, 2, 1)),
+        (MeshConfig(8, 1, 1, -1), (8, 1, 1, 1)),
+    ],
+)
+def test_minus_one_takes_what_is_left(wanted, made):
+    mesh = make_mesh(wanted)
+    assert tuple(mesh.shape.items()) == tuple(zip(AXES, made, strict=True))
+    assert mesh.axis_types == (AxisType.Explicit,) * 4
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1, 1), (4, 1, 1, 1), (-1, 3, 1, 1), (16, 1, 1, 1)], ids=str)
+def test_a_mesh_that_does_not_fit_is_refused(sizes):
+    with pytest.raises(UserError, match=r"config\.mesh=.* does not fit 8 devices"):
+        make_mesh(MeshConfig(*sizes))
+
+
+def test_rows_that_cannot_be_dealt_out_evenly_are_refused():
+    mesh = make_mesh(MeshConfig(2, 2, 2, 1))
+    check_rows(12, mesh)
+    with pytest.raises(UserError, match=r"has 10 rows.*over 4 devices.*tokens_per_batch"):
+        check_rows(10, mesh)
