@@ -205,9 +205,7 @@ def sentence_logits(p: Parameters, config, source_S, inputs_T):
     p = {name: np.asarray(value, np.float64) for name, value in p.items()}
     S, T = len(source_S), len(inputs_T)
     target_table = p.get("target_embedding_VD", p["embedding_VD"])
-    x_SD = embed(
-        p["embedding_VD"], p.get("source_positions_TD"), config, source_S, np.arange(S)
-    )
+    x_SD = embed(p["embedding_VD"], p.get("source_positions_TD"), config, source_S, np.arange(S))
     memory_SD = stack(part(p, "encoder"), config, x_SD, allowed_pairs(S, S), np.arange(S))
     x_TD = embed(target_table, p.get("target_positions_TD"), config, inputs_T, np.arange(T))
     memory = (memory_SD, allowed_pairs(T, S))

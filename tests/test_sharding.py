@@ -171,7 +171,9 @@ def test_minus_one_takes_what_is_left(wanted, made):
     assert mesh.axis_types == (AxisType.Explicit,) * 4
 
 
-@pytest.mark.parametrize("sizes", [(3, 1, 1, 1), (4, 1, 1, 1), (-1, 3, 1, 1), (16, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(3, 1, 1, 1), (4, 1, 1, 1), (-1, 3, 1, 1), (16, 1, 1, 1)], ids=str
+)
 def test_a_mesh_that_does_not_fit_is_refused(sizes):
     with pytest.raises(UserError, match=r"config\.mesh=.* does not fit 8 devices"):
         make_mesh(MeshConfig(*sizes))

@@ -73,7 +73,8 @@ def test_sums_are_those_of_float64(smoothing):
     wanted = reference.cross_entropy(logits, targets_BT.ravel(), weights_BT.ravel(), smoothing)
     assert got.keys() == wanted.keys()
     for name, value in wanted.items():
-        assert got[name].dtype == jnp.float32 and got[name].shape == ()
+        assert got[name].dtype == jnp.float32
+        assert got[name].shape == ()
         np.testing.assert_allclose(got[name], value, rtol=1e-6, err_msg=name)
     assert 0 < wanted["correct"] < wanted["count"]
 
@@ -91,7 +92,8 @@ def test_positions_without_weight_have_no_say():
     run = jax.jit(jax.value_and_grad(lambda t, x, y: sums(t, x, y, weights_BT)["loss"], (0, 1)))
     before, (table_grad, x_grad) = run(table_VD, x_BTD, targets_BT)
     after, (other_table_grad, other_x_grad) = run(table_VD, loud.astype(np.float32), other)
-    assert (np.asarray(x_grad)[blank] == 0).all() and (np.asarray(x_grad)[~blank] != 0).all()
+    assert (np.asarray(x_grad)[blank] == 0).all()
+    assert (np.asarray(x_grad)[~blank] != 0).all()
     np.testing.assert_array_equal(before, after)
     np.testing.assert_array_equal(table_grad, other_table_grad)
     np.testing.assert_array_equal(x_grad, other_x_grad)

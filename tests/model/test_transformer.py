@@ -67,7 +67,9 @@ def parameters(shapes, seed=0):
         x = rng.standard_normal(leaf.shape) * (0.3 if leaf.ndim > 1 else 0.2)
         return jnp.asarray(x + name.endswith("scale_D"), jnp.float32)
 
-    return trees.unflatten(shapes, {name: draw(name, x) for name, x in trees.flatten(shapes).items()})
+    return trees.unflatten(
+        shapes, {name: draw(name, x) for name, x in trees.flatten(shapes).items()}
+    )
 
 
 @functools.cache
@@ -94,7 +96,10 @@ def pack(rows):
     for r, row in enumerate(rows):
         s = t = 0
         for segment, (source, inputs) in enumerate(row, 1):
-            sides = [("source", source, s, "source_BS", "S"), ("target", inputs, t, "inputs_BT", "T")]
+            sides = [
+                ("source", source, s, "source_BS", "S"),
+                ("target", inputs, t, "inputs_BT", "T"),
+            ]
             for side, tokens, start, name, letter in sides:
                 there = slice(start, start + len(tokens))
                 batch[name][r, there] = tokens
@@ -123,7 +128,8 @@ REAL = BATCH["target_segments_BT"] > 0
 def test_logits_of_packed_sentences_are_those_of_float64(config):
     model = build(config)
     got = run(model, BATCH)
-    assert got.dtype == jnp.float32 and got.shape == (ROWS, T, V)
+    assert got.dtype == jnp.float32
+    assert got.shape == (ROWS, T, V)
     named = trees.flatten(model)
     for r, row in enumerate(BATCH_ROWS):
         start = 0

@@ -1,0 +1,154 @@
+"""The house: imports point down, and each foreign library has one door."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "jaxformer").rglob("*.py"))
+
+# A module may import from lower floors and from its own package.
+FLOORS = {
+    "cli": 7,
+    "plan": 6,
+    "training": 5,
+    "evaluate": 4,
+    "serve": 4,
+    "explain": 4,
+    "inference": 3,
+    "model": 2,
+    "attention": 1,
+    "data": 1,
+    "checkpoint": 1,
+    "sharding": 1,
+    "config": 1,
+    "trees": 0,
+    "errors": 0,
+}
+
+# Everything may read the config, its own floor included; so it stands on nothing but floor 0.
+GROUND = "config"
+
+ONLY_IMPORTERS = {"flax": "model", "orbax": "checkpoint"}
+
+LONG = {
+    "jaxformer/config.py": "all fields and all their checks stand in one place",
+    "jaxformer/checkpoint.py": "the one door to Orbax, and the repair of what a crash left",
+}
+
+
+def imports(path: Path) -> set[str]:
+    """All that a file imports, inside functions too: "jaxformer.trees.flatten", "jax.numpy"."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def house_of(path: Path) -> str:
+    """The package or module directly below jaxformer/ that a file belongs to."""
+    return path.relative_to(ROOT / "jaxformer").parts[0].removesuffix(".py")
+
+
+def libraries(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_imports_point_down(path):
+    house = house_of(path)
+    used = {n.split(".")[1] for n in imports(path) if n.startswith("jaxformer.")}
+    if house == "__init__":  # the names that the project shows to its users
+        return
+    assert house in FLOORS, f"{house} has no floor yet"
+    for other in used - {house}:
+        low_enough = FLOORS[other] < FLOORS[house] or (other == GROUND and FLOORS[house] > 0)
+        assert low_enough, f"{name(path)} (floor {FLOORS[house]}) imports {other} ({FLOORS[other]})"
+
+
+@pytest.mark.parametrize(("library", "house"), ONLY_IMPORTERS.items())
+def test_a_library_has_one_door(library, house):
+    importers = {house_of(path) for path in FILES if library in libraries(path)}
+    assert importers == {house}
+
+
+def test_attention_needs_jax_alone():
+    for path in FILES:
+        if house_of(path) == "attention":
+            foreign = libraries(path) - sys.stdlib_module_names - {"jax"}
+            inside = {n for n in imports(path) if n.startswith("jaxformer")}
+            assert foreign <= {"jaxformer"}, name(path)
+            assert all(n.startswith("jaxformer.attention") for n in inside), name(path)
+
+
+def test_nothing_imports_tensorflow():
+    project = [*FILES, *(ROOT / "configs").glob("*.py"), ROOT / "train.py"]
+    assert not [name(path) for path in project if "tensorflow" in libraries(path)]
+
+
+def test_configs_are_data_only():
+    for path in (ROOT / "configs").glob("*.py"):
+        assert libraries(path) <= {"ml_collections", "jaxformer", "configs"}, name(path)
+        inside = {n.split(".")[1] for n in imports(path) if n.startswith("jaxformer.")}
+        assert inside <= {"config"}, name(path)
+
+
+def test_a_file_is_short_or_has_a_reason():
+    lines = {name(path): len(path.read_text("utf-8").splitlines()) for path in FILES}
+    assert {path for path, count in lines.items() if count > 350} <= LONG.keys()
+
+
+def test_every_floor_is_lived_on():
+    """Floors of houses that are not there any more should go from the table."""
+    there = {house_of(path) for path in FILES} | {
+        folder.name for folder in (ROOT / "jaxformer").iterdir() if folder.is_dir()
+    }
+    planned = {"cli", "plan", "evaluate", "serve", "explain", "inference"}
+    assert FLOORS.keys() - planned <= there
+
+
+def documented_floors(text: str) -> dict[str, int]:
+    """{house: floor} from a Markdown table with the columns "module" and "floor"."""
+    floors = {}
+    columns = None
+    for line in text.splitlines():
+        cells = [cell.strip().strip("`") for cell in line.strip().strip("|").split("|")]
+        lower = [cell.lower() for cell in cells]
+        if {"module", "floor"} <= set(lower):
+            columns = lower.index("module"), lower.index("floor")
+        elif columns and len(cells) > max(columns) and cells[columns[1]].isdigit():
+            for module in re.findall(r"[\w./]+", cells[columns[0]]):
+                house = module.removeprefix("jaxformer/").removesuffix("/").removesuffix(".py")
+                floors[house] = int(cells[columns[1]])
+        elif columns and not line.lstrip().startswith("|"):
+            columns = None
+    return floors
+
+
+def test_the_table_is_read_from_markdown():
+    text = (
+        "| module | what | floor |\n|---|---|---|\n| `serve/`, `a/` | x | 4 |\n| `b.py` | | 1 |\n"
+    )
+    assert documented_floors(text) == {"serve": 4, "a": 4, "b": 1}
+    assert documented_floors("| module | size |\n|---|---|\n| a | 3 |\n") == {}
+
+
+def test_the_documented_floors_are_these():
+    document = ROOT / "docs" / "architecture.md"
+    if not document.exists():
+        pytest.skip("docs/architecture.md is not written yet")
+    floors = documented_floors(document.read_text("utf-8"))
+    if not floors:
+        pytest.skip("docs/architecture.md has no table of floors")
+    assert floors == FLOORS
