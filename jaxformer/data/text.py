@@ -1,38 +1,151 @@
-"""Parallel text by name (temporary)."""
+"""Parallel text from wherever it is: our tfds builders, any tfds dataset, or files."""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
-from typing import NamedTuple
+import importlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from jaxformer.config import DataConfig
+from jaxformer.data.files import read_files
+from jaxformer.data.pairs import Pair, ParallelText
+from jaxformer.errors import UserError
+
+__all__ = ["Pair", "ParallelText", "load"]
+
+OWN = ("zh_en", "steve")
+"""Datasets whose builders are packages of `jaxformer.data`."""
+
+OFFLINE = "configs/steve.py and configs/tsv.py work without a network"
+
+READ_AHEAD = 1000
+"""Records fetched at a time when a split is read in order."""
+
+log = logging.getLogger(__name__)
 
 
-class Pair(NamedTuple):
-    source: str
-    target: str
-    domain: str
+class RecordText(ParallelText):
+    """A split of a tfds dataset, read record by record from its array_record files."""
 
+    def __init__(self, builder: Any, split: str, keys: tuple[str, str]):
+        self._records = builder.as_data_source(split)
+        self._keys = keys
+        self._domain = builder.name
+        self.name = f"{builder.info.full_name} {split}"
+        self.fingerprint = _fingerprint(builder, split, keys)
 
-class ParallelText:
-    def __init__(self, pairs, fingerprint, name):
-        self._pairs, self.fingerprint, self.name = pairs, fingerprint, name
+    def __len__(self) -> int:
+        return len(self._records)
 
-    def __len__(self):
-        return len(self._pairs)
+    def __getitem__(self, index: int) -> Pair:
+        return self._pair(self._records[index])
 
-    def __getitem__(self, i):
-        return self._pairs[i]
+    def __iter__(self) -> Iterator[Pair]:
+        for start in range(0, len(self), READ_AHEAD):
+            indices = range(start, min(start + READ_AHEAD, len(self)))
+            yield from map(self._pair, self._records.__getitems__(list(indices)))
+
+    def _pair(self, record: Mapping[str, bytes]) -> Pair:
+        source, target = (record[key].decode().strip() for key in self._keys)
+        domain = record.get("domain", b"").decode() or self._domain
+        return Pair(source, target, domain)
 
 
 def load(data: DataConfig, split: str) -> ParallelText:
-    import importlib
-    name = getattr(data, split)
-    module = importlib.import_module(f"jaxformer.data.{data.name}.{data.name}_dataset_builder")
-    builder = module.Builder(data_dir=data.data_dir)
-    builder.download_and_prepare()
-    pairs = [
-        Pair(r[data.source].decode(), r[data.target].decode(), r["domain"].decode())
-        for r in builder.as_data_source(name)
-    ]
-    return ParallelText(pairs, hashlib.sha256(repr(pairs).encode()).hexdigest(), data.name)
+    """Opens one split of the configured text; a tfds dataset is downloaded and built first.
+
+    Args:
+      data: `data.name` says what kind; `data.train`, `data.valid` and `data.test` say which split
+        of a dataset, or which file.
+      split: "train", "valid" or "test".
+
+    Raises:
+      UserError: it is not there, or is not what it should be: names the file, line and cure.
+    """
+    where = getattr(data, split)
+    if not where:
+        raise UserError(
+            f"config.data.{split} is empty: name a "
+            f"{'file' if data.name == 'files' else 'split of ' + data.name} there."
+        )
+    if data.name == "files":
+        return read_files(where, (data.source, data.target), f"config.data.{split}")
+    builder = _builder(data)
+    _check_names(builder, data, where, split)
+    return RecordText(builder, where, (data.source, data.target))
+
+
+def _builder(data: DataConfig) -> Any:
+    """The builder of the dataset, with its files in place."""
+    if data.name in OWN:
+        module = importlib.import_module(f"jaxformer.data.{data.name}.{data.name}_dataset_builder")
+        builder = module.Builder(data_dir=data.data_dir)
+    else:
+        builder = _registered(data)
+    try:
+        # tfds writes into a temporary folder and renames it: a build that was killed starts again.
+        builder.download_and_prepare(file_format="array_record")
+    except (OSError, ConnectionError) as error:
+        raise UserError(
+            f"config.data.name={data.name!r} cannot be downloaded ({_first_line(error)}); "
+            f"{OFFLINE}."
+        ) from error
+    for sentence in (*_metadata(builder, "missing"), *_metadata(builder, "warnings")):
+        log.warning("%s: %s", data.name, sentence)
+    return builder
+
+
+def _registered(data: DataConfig) -> Any:
+    import tensorflow_datasets as tfds
+    import tensorflow_datasets.translate
+
+    try:
+        return tfds.builder(data.name, data_dir=data.data_dir, file_format="array_record")
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        known = [*OWN, "files", *tfds.list_builders(with_community_datasets=False)]
+        near = difflib.get_close_matches(data.name.split("/")[0], known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"{OFFLINE}."
+        raise UserError(
+            f"config.data.name={data.name!r} is not a dataset that tfds knows "
+            f"({_first_line(error)}): {hint}"
+        ) from error
+
+
+def _check_names(builder: Any, data: DataConfig, where: str, split: str) -> None:
+    splits = list(builder.info.splits)
+    if where.partition("[")[0] not in splits:
+        raise UserError(
+            f"config.data.{split}={where!r} is not a split of {builder.name}; it has "
+            f"{', '.join(splits)}."
+        )
+    keys = list(builder.info.features)
+    for field in ("source", "target"):
+        if getattr(data, field) not in keys:
+            raise UserError(
+                f"config.data.{field}={getattr(data, field)!r} is not a language of "
+                f"{builder.name}; it has {', '.join(keys)}."
+            )
+
+
+def _fingerprint(builder: Any, split: str, keys: tuple[str, str]) -> str:
+    """Of the record files themselves where they can be read, else of what tfds says of them."""
+    info = builder.info
+    told: dict[str, Any] = {"name": info.full_name, "split": split, "keys": keys}
+    told["sizes"] = {name: info.splits[name].shard_lengths for name in info.splits}
+    told["bytes"] = {name: info.splits[name].num_bytes for name in info.splits}
+    told["metadata"] = dict(info.metadata) if isinstance(info.metadata, Mapping) else {}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _metadata(builder: Any, key: str) -> list[str]:
+    metadata = builder.info.metadata
+    found = metadata.get(key, ()) if isinstance(metadata, Mapping) else ()
+    return list(found.values() if isinstance(found, Mapping) else found)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -47,8 +47,9 @@ def cross_entropy(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _sums(x_BTD, table_VD, targets_BT, weights_BT, smoothing):
     def chunk(sums, inputs):
-        logits_nV = _logits(inputs[0], table_VD)
-        return _add(sums, _chunk_sums(logits_nV, *inputs[1:], smoothing)), None
+        x_nD, targets_n, weights_n = inputs
+        logits_nV = _logits(x_nD, table_VD)
+        return _add(sums, _chunk_sums(logits_nV, targets_n, weights_n, smoothing)), None
 
     return jax.lax.scan(chunk, _zeros(), _chunks(x_BTD, targets_BT, weights_BT))[0]
 
@@ -74,7 +75,8 @@ def _sums_fwd(x_BTD, table_VD, targets_BT, weights_BT, smoothing):
     (sums, table_grad_VD), x_grad_CnD = jax.lax.scan(
         chunk, (_zeros(), zero_grad_VD), _chunks(x_BTD, targets_BT, weights_BT)
     )
-    C, B, T, D = len(x_grad_CnD), *x_BTD.shape
+    B, T, D = x_BTD.shape
+    C = x_grad_CnD.shape[0]
     x_grad_CBtD = x_grad_CnD.reshape(C, B, T // C, D, out_sharding=spec(None, "batch", None, None))
     x_grad_BTD = jnp.moveaxis(x_grad_CBtD, 0, 1).reshape(x_BTD.shape)
     return sums, (x_grad_BTD, table_grad_VD.astype(table_VD.dtype))
