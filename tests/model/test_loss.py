@@ -119,6 +119,16 @@ def test_lengths_that_chunks_do_not_divide(length):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * abs(np.asarray(b)).max())
 
 
+def test_bfloat16_is_near_float32():
+    table_VD, x_BTD, *rest = draw()
+    wanted = gradient(sums, table_VD, x_BTD, *rest)
+    table_grad, x_grad = gradient(sums, table_VD, x_BTD.astype(jnp.bfloat16), *rest)
+    assert (table_grad.dtype, x_grad.dtype) == (jnp.float32, jnp.bfloat16)
+    for got, exact in zip((table_grad, x_grad), wanted, strict=True):
+        error = abs(np.asarray(got, np.float64) - np.asarray(exact)).max()
+        assert 0 < error < 0.02 * abs(np.asarray(exact)).max()
+
+
 def arrays(text: str):
     """The element counts of all arrays in a compiled program."""
     return [math.prod(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", text)]
