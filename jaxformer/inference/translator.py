@@ -214,7 +214,8 @@ class _Search:
         results = []
         for tokens_NT, scores_N in zip(tokens_BNT, scores_BN, strict=True):
             rows = [_until_end(tokens) for tokens in tokens_NT]
-            texts = self.translator.tokenizer.decode(rows)
+            # Spelled in bytes, a line break is a token like any other; a line must stay one.
+            texts = [" ".join(t.split()) for t in self.translator.tokenizer.decode(rows)]
             results.append(
                 [
                     Translation(text, float(score), row)

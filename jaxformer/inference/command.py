@@ -1,0 +1,117 @@
+"""`jaxformer translate`: lines in, the same number of lines out, in order."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from jaxformer.errors import UserError
+from jaxformer.inference.decode import Sampling
+from jaxformer.inference.translator import Translation, Translator
+
+
+def translate(arguments: argparse.Namespace) -> None:
+    """Reads, translates, writes; warnings about single lines go to stderr.
+
+    Raises:
+      UserError: flags that contradict each other, files or a workdir that cannot be used.
+    """
+    sampling = _sampling(arguments)
+    _check(arguments)
+    lines, warnings = _read(arguments.input)
+    console = Console(stderr=True)
+    translations: list[list[Translation]] = []
+    if lines:
+        translator = Translator.load(arguments.workdir, average=arguments.average)
+        translations = translator.translate(
+            lines,
+            beam=arguments.beam,
+            alpha=arguments.alpha,
+            n_best=arguments.n_best,
+            sampling=sampling,
+            seed=arguments.seed,
+            console=console,
+        )
+    for number, hypotheses in enumerate(translations, 1):
+        if hypotheses[0].warning:
+            warnings.append(f"line {number}: {hypotheses[0].warning}")
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    _write(arguments.output, _formatted(translations, arguments.n_best))
+    if arguments.output:
+        console.print(f"{len(lines)} lines translated, written to {arguments.output}")
+
+
+def _sampling(arguments: argparse.Namespace) -> Sampling | None:
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    if not arguments.sample:
+        if sampling != Sampling():
+            raise UserError("--temperature, --top_k and --top_p belong to --sample: add it.")
+        return None
+    if arguments.beam is not None:
+        raise UserError("--sample draws one translation; leave out --beam.")
+    if sampling.temperature <= 0:
+        raise UserError(f"--temperature is {sampling.temperature}; it must be above 0.")
+    if not 0 < sampling.top_p <= 1:
+        raise UserError(f"--top_p is {sampling.top_p}; it must be above 0 and at most 1.")
+    if sampling.top_k < 0:
+        raise UserError(f"--top_k is {sampling.top_k}; it must be 0 (all tokens) or more.")
+    return sampling
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name in ("beam", "n_best"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; it must be at least 1.")
+
+
+def _read(path: Path | None) -> tuple[list[str], list[str]]:
+    """The lines, and warnings about those that had to be mended to be text."""
+    try:
+        content = sys.stdin.buffer.read() if path is None else path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--input={path} cannot be read: {error.strerror}.") from error
+    rows = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if not rows[-1]:
+        rows.pop()
+    lines, warnings = [], []
+    for number, raw in enumerate(rows, 1):
+        text = raw.rstrip(b"\r").decode("utf-8", errors="replace")
+        if "\0" in text:
+            warnings.append(f"line {number}: a NUL byte at byte {raw.index(0) + 1} was left out")
+            text = text.replace("\0", "")
+        try:
+            raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            warnings.append(f"line {number}: not UTF-8 at byte {error.start + 1}, read as �")
+        lines.append(text)
+    return lines, warnings
+
+
+def _formatted(translations: list[list[Translation]], n_best: int) -> str:
+    """A line each; with n-best `number<TAB>score<TAB>text`, the lines numbered from 1."""
+    if n_best == 1:
+        return "".join(f"{hypotheses[0].text}\n" for hypotheses in translations)
+    return "".join(
+        f"{number}\t{hypothesis.score:.4f}\t{hypothesis.text}\n"
+        for number, hypotheses in enumerate(translations, 1)
+        for hypothesis in hypotheses
+    )
+
+
+def _write(path: Path | None, text: str) -> None:
+    if path is None:
+        sys.stdout.write(text)
+        return
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"--output={path} cannot be written: {error.strerror}.") from error
