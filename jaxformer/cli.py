@@ -28,9 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     translate.add_argument("--sample", action="store_true", help="draw instead of searching")
     translate.add_argument("--temperature", type=float, default=1.0, help="below 1: less daring")
     translate.add_argument("--top_k", type=int, default=0, help="draw from so many tokens; 0: all")
-    translate.add_argument(
-        "--top_p", type=float, default=1.0, help="draw from this share"
-    )
+    translate.add_argument("--top_p", type=float, default=1.0, help="draw from this share")
     translate.add_argument("--seed", type=int, default=0, help="of the draws")
 
     evaluate = commands.add_parser("evaluate", help="BLEU and chrF on held-out text")

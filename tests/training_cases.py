@@ -11,11 +11,11 @@ from jaxformer.training import state as training_state
 from jaxformer.training.optimizer import make
 from jaxformer.training.step import train_step
 
-V, ROWS, S, T = 29, 8, 12, 10
+V, ROWS, S, T = 32, 8, 12, 10
 
 TINY = Config(
     model=ModelConfig(
-        d_model=16, num_heads=4, d_ff=24, encoder_layers=2, decoder_layers=2, dropout=0.0
+        d_model=16, num_heads=4, d_ff=24, encoder_layers=1, decoder_layers=1, dropout=0.0
     ),
     data=DataConfig(target_length=T, tokens_per_batch=ROWS * T),
     optimizer=OptimizerConfig(warmup_steps=10),
@@ -44,7 +44,7 @@ def packed(seed: int, lengths=None, low: int = 4) -> dict[str, np.ndarray]:
     for name in ("inputs_BT", "targets_BT", "target_segments_BT", "target_positions_BT"):
         batch[name] = np.zeros((ROWS, T), np.int32)
     for row, sentences in enumerate(lengths):
-        starts = {side: 0 for side in shapes}
+        starts = dict.fromkeys(shapes, 0)
         for segment, sizes in enumerate(sentences, 1):
             for side, size in zip(shapes, sizes, strict=True):
                 letter = shapes[side][1][-1]

@@ -191,14 +191,15 @@ def beam_search(
     ended_BN = jnp.full((B, N), LOWEST)
     start = _Beam(jnp.int32(0), nothing_BNT, alive_BN, nothing_BNT, ended_BN, cache)
     end = jax.lax.while_loop(unfinished, body, start)
-    # Far below every ended hypothesis, but in their own order.
-    cut_off_BN = end.alive_BN / length_penalty(T, alpha) + LOWEST / 2
-    scores_BN, tokens_BNT = _best_of(
-        jnp.concatenate([end.ended_BN, cut_off_BN], axis=1),
-        jnp.concatenate([end.ended_BNT, end.alive_BNT], axis=1),
-        N,
-    )
-    scores_BN = jnp.where(scores_BN < LOWEST / 4, scores_BN - LOWEST / 2, scores_BN)
+    # Both lists are sorted: first what has ended, then what was cut off, in their own order.
+    ended_B1 = (end.ended_BN > LOWEST / 2).sum(axis=1, keepdims=True)
+    places_BN = jnp.broadcast_to(jnp.arange(N)[None], (B, N))
+    places_BN = jnp.where(places_BN < ended_B1, places_BN, N + places_BN - ended_B1)
+    cut_off_BN = end.alive_BN / length_penalty(T, alpha)
+    scores_BM = jnp.concatenate([end.ended_BN, cut_off_BN], axis=1)
+    tokens_BMT = jnp.concatenate([end.ended_BNT, end.alive_BNT], axis=1)
+    scores_BN = jnp.take_along_axis(scores_BM, places_BN, axis=1)
+    tokens_BNT = jnp.take_along_axis(tokens_BMT, places_BN[:, :, None], axis=1)
     return Decoded(tokens_BNT, scores_BN)
 
 

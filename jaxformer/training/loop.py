@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from rich.console import Console
 
 from jaxformer import sharding
 from jaxformer.checkpoint import Checkpoints
-from jaxformer.config import Config
+from jaxformer.config import Config, kv_heads
 from jaxformer.data import pipeline
 from jaxformer.data.batches import prefetch
 from jaxformer.data.tokenizer import Tokenizer
@@ -49,9 +50,13 @@ def run(values: Mapping[str, Any], workdir: str | Path, console: Console | None 
       UserError: something that a person can put right; nothing half-written is left.
     """
     config, workdir = Config.of(values), Path(workdir)
-    console = console or Console(stderr=True)
+    # Sentences are for people and scripts alike: where there is no terminal, they stay whole.
+    console = console or Console(stderr=True, soft_wrap=not sys.stderr.isatty())
     mesh = sharding.make_mesh(config.mesh)
-    with jax.set_mesh(mesh), _checkpoints(workdir, config) as checkpoints:
+    rows = config.data.tokens_per_batch // config.data.target_length
+    sharding.check_rows(rows // config.optimizer.accumulate, mesh)
+    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+    with jax.set_mesh(mesh), contextlib.closing(checkpoints):
         training = Training(config, workdir, mesh, checkpoints, console)
         with _stop_signals() as stopped:
             return training.until(config.train.steps, stopped)
@@ -70,21 +75,27 @@ class Training:
     ):
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.checkpoints, self.console = checkpoints, console
-        rows = config.data.tokens_per_batch // config.data.target_length
-        sharding.check_rows(rows // config.optimizer.accumulate, mesh)
+        self.tracing = False
         meta = checkpoints.meta() if checkpoints.latest() is not None else None
         tokenizer = None if meta is None else _tokenizer(meta)
         self.data = pipeline.prepare(config, tokenizer)
         if meta is not None:
             check_same_run(config, self.data.fingerprint, meta, workdir)
+        check_layout(config, self.data.tokenizer.vocab_size, mesh)
         self.optimizer = make(config)
         self.state = self._first_state(meta)
         self._announce()
-        self.step_function, self.eval_function = self._compile()
+        if meta is None:
+            text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+            (workdir / "config.json").write_text(text, encoding="utf-8")
 
     def until(self, last: int, stopped: Callable[[], bool]) -> bool:
         """Takes steps up to `last`; saves, evaluates and logs on the way."""
         first = int(self.state["step"])
+        if first >= last:
+            self.console.print("There is nothing left to do; raise config.train.steps to go on.")
+            return True
+        self.step_function, self.eval_function = self._compile()
         record = Record(self.workdir, first)
         with contextlib.closing(record), Display(self.console, first, last) as display:
             watch = _Watch(self, record, display)
@@ -98,14 +109,16 @@ class Training:
                     done = index + 1
                     watch.step(done, metrics)
                     ends = done == last or stopped()
+                    # What a step logs is on disk before its checkpoint: a run that goes on from
+                    # there does not evaluate it again.
+                    if done == last or done % self.config.train.eval_every == 0:
+                        watch.evaluate(done)
                     if ends or done % self.config.train.checkpoint_every == 0:
                         watch.flush()
                         self.save(done)
-                    if done == last or done % self.config.train.eval_every == 0:
-                        watch.flush()
-                        record.write(done, self.held_out())
                     if ends:
                         break
+            self._profile(PROFILED.stop)
             self.checkpoints.wait()
         reached = int(self.state["step"])
         where = self.workdir / "checkpoints" / str(reached)
@@ -180,12 +193,15 @@ class Training:
     def _profile(self, since_start: int) -> None:
         if not self.config.train.profile:
             return
+        folder = self.workdir / "profile"
         if since_start == PROFILED.start:
-            jax.profiler.start_trace(str(self.workdir / "profile"))
-        elif since_start == PROFILED.stop:
+            jax.profiler.start_trace(str(folder))
+            self.tracing = True
+        elif since_start >= PROFILED.stop and self.tracing:
             jax.block_until_ready(self.state)
             jax.profiler.stop_trace()
-            self.console.print(f"Trace of {len(PROFILED)} steps: {self.workdir / 'profile'}")
+            self.tracing = False
+            self.console.print(f"A trace of steps is in {folder}")
 
 
 class _Watch:
@@ -233,6 +249,13 @@ class _Watch:
         if done % config.train.log_every == 0 or done == config.train.steps:
             # Speeds are kept apart from the numbers that a resumed run repeats to the last bit.
             self.record.write(done, numbers | {"tokens_per_second": speed, "share_of_peak": share})
+
+    def evaluate(self, done: int) -> None:
+        """Records the loss on held-out text; its time counts for no step."""
+        self.flush()
+        if held_out := self.training.held_out():
+            self.record.write(done, held_out)
+        self.clock = time.perf_counter()
 
     def _check_finite(self, done: int, in_row: int) -> None:
         if not in_row:
@@ -292,17 +315,33 @@ def check_same_run(config: Config, fingerprint: str, meta: dict[str, Any], workd
         )
 
 
+def check_layout(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a mesh that cannot split the parameters evenly.
+
+    Raises:
+      UserError: names what is to be split, and over how many devices.
+    """
+    model = config.model
+    split = {
+        "fsdp": {"config.model.d_model": model.d_model},
+        "tensor": {
+            "config.model.num_heads": model.num_heads,
+            "the number of key heads": kv_heads(model),
+            "config.model.d_ff": model.d_ff,
+            "the vocabulary": vocab_size,
+        },
+    }
+    for axis, sizes in split.items():
+        for name, size in sizes.items():
+            if size % mesh.shape[axis]:
+                raise UserError(
+                    f"config.mesh.{axis}={mesh.shape[axis]} does not divide {name}={size}; change "
+                    "one of them."
+                )
+
+
 def _tokenizer(meta: dict[str, Any]) -> Tokenizer:
     return Tokenizer.from_bytes(base64.b64decode(meta["tokenizer"]))
-
-
-@contextlib.contextmanager
-def _checkpoints(workdir: Path, config: Config) -> Iterator[Checkpoints]:
-    with contextlib.closing(Checkpoints(workdir, config.train.keep_checkpoints)) as checkpoints:
-        if checkpoints.latest() is None:
-            text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
-            (workdir / "config.json").write_text(text, encoding="utf-8")
-        yield checkpoints
 
 
 @contextlib.contextmanager

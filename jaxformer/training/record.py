@@ -9,7 +9,9 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from jaxformer.errors import UserError
 
@@ -44,20 +46,31 @@ class Record:
         partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         partial.rename(workdir / LOG)
         self._file = (workdir / LOG).open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        folder = workdir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # The plain writer: SummaryWriter keeps events of up to two minutes in a queue, and they
+        # would be lost with the process, though the steps are in a checkpoint.
+        self._events = EventsWriter(str(folder / "events"), f".{step}")
+        # TensorBoard forgets what the files before hold of later steps.
+        start = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line and one event for each value; on disk before this returns."""
         try:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
+            scalars = [
+                Summary.Value(tag=name, simple_value=value) for name, value in values.items()
+            ]
+            summary = Summary(value=scalars)
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            self._events.flush()
         except OSError as error:
             raise UserError(
                 f"{self._file.name} cannot be written ({error.strerror}); make room on the disk "
                 "and start the same command again: it goes on from the last checkpoint."
             ) from error
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flushes and closes both files."""

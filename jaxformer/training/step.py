@@ -81,11 +81,12 @@ def train_step(
     """
     key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
     grads, sums = gradients(state["params"], batch, config, key)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
     trained = {name: state[name] for name in ("params", "optimizer", "ema") if name in state}
+    updates = state["step"] - state["skipped"]
     trained = jax.lax.cond(
-        finite, lambda old: update(old, grads, state["step"], config, optimizer), dict, trained
+        finite, lambda old: update(old, grads, updates, config, optimizer), dict, trained
     )
     bad = 1 - finite.astype(jnp.int32)
     counters = {
@@ -104,17 +105,17 @@ def train_step(
 def update(
     trained: State,
     grads: Transformer,
-    step: Array,
+    updates: Array,
     config: Config,
     optimizer: optax.GradientTransformation,
 ) -> State:
-    """Parameters, optimizer state and moving average after one update by `grads`."""
+    """Parameters, optimizer state and moving average after `updates` and one more, by `grads`."""
     with jax.numpy_dtype_promotion("standard"):  # Optax mixes Python numbers and int32 counters
-        updates, optimizer_state = optimizer.update(grads, trained["optimizer"], trained["params"])
-    params = optax.apply_updates(trained["params"], updates)
+        moves, optimizer_state = optimizer.update(grads, trained["optimizer"], trained["params"])
+    params = optax.apply_updates(trained["params"], moves)
     new = {"params": params, "optimizer": optimizer_state}
     if "ema" in trained:
-        decay = ema_decay(config.optimizer, step)
+        decay = ema_decay(config.optimizer, updates)
         new["ema"] = moving_average(trained["ema"], params, decay)
     return new
 
