@@ -221,7 +221,8 @@ def test_bfloat16_computes_on_float32_masters():
     assert loss == pytest.approx(exact, rel=1e-2)
     assert loss != exact
     # A move far too small for bfloat16 is kept.
-    before, after = (arrays(s["params"])["encoder/blocks/feed_forward/up_DF"] for s in (start, state))
+    name = "encoder/blocks/feed_forward/up_DF"
+    before, after = (arrays(s["params"])[name] for s in (start, state))
     assert (before != after).mean() > 0.9
     rounded = [w.astype(jnp.bfloat16) for w in (before, after)]
     assert (rounded[0] != rounded[1]).mean() < 0.1
