@@ -32,6 +32,6 @@ def get_config() -> ml_collections.ConfigDict:
         weight_decay=0.01,
         clip_norm=1.0,
     )
-    c.train.update(steps=1000, eval_every=250, checkpoint_every=250)
+    c.train.update(steps=700, eval_every=100, checkpoint_every=350)
     c.decode.max_length = 64
     return c

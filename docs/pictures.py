@@ -1,6 +1,6 @@
 """Draws the picture of one attention map for the README, out of a trained model.
 
-    python docs/pictures.py runs/steve 史蒂夫建造房子 docs/images/attention.png
+python docs/pictures.py runs/steve 史蒂夫建造房子 docs/images/attention.png
 """
 
 from __future__ import annotations

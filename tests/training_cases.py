@@ -67,5 +67,3 @@ def fresh(config: Config):
 def stepper(config: Config):
     """The jitted step, which leaves its input alive: (state, batch) -> (state, metrics)."""
     return jax.jit(functools.partial(train_step, config=config, optimizer=make(config)))
-
-

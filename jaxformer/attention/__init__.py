@@ -47,7 +47,7 @@ def attention(
 
     Raises:
       NotImplementedError: the named implementation cannot serve this call, and why.
-      ValueError: shapes that do not fit together.
+      ValueError: shapes that do not fit together, or a name that is not known.
     """
     H, G = q_BTHK.shape[2], k_BSGK.shape[2]
     if k_BSGK.shape != v_BSGK.shape or H % G or q_BTHK.shape[-1] != k_BSGK.shape[-1]:
@@ -55,6 +55,9 @@ def attention(
             f"attention got queries {q_BTHK.shape}, keys {k_BSGK.shape}, values {v_BSGK.shape}: "
             "keys and values must agree, heads of keys divide heads of queries, head sizes match."
         )
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"there is no attention {implementation!r}; known: {known}")
     names = (implementation,) if implementation else tuple(IMPLEMENTATIONS)
     refusals = []
     for name in names:

@@ -18,15 +18,16 @@ import jax
 from jax import Array
 from rich.console import Console
 
-from jaxformer import sharding
+from jaxformer import report, sharding
 from jaxformer.checkpoint import Checkpoints
-from jaxformer.config import Config, kv_heads
+from jaxformer.config import Config
 from jaxformer.data import pipeline
 from jaxformer.data.batches import prefetch
 from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.errors import UserError
 from jaxformer.model.loss import Sums
 from jaxformer.training import flops, state
+from jaxformer.training.checks import check_layout, check_same_run
 from jaxformer.training.optimizer import make, schedule
 from jaxformer.training.record import Display, Record
 from jaxformer.training.step import add_sums, loss_sums, train_step
@@ -34,14 +35,12 @@ from jaxformer.training.step import add_sums, loss_sums, train_step
 PROFILED = range(10, 15)
 """Steps after the start whose trace `train.profile` keeps: past compilation and first touches."""
 
-FREE_TO_CHANGE = ("train", "decode", "mesh")
-"""Sections of the config that may differ from the run that wrote the checkpoint."""
-
 
 def run(values: Mapping[str, Any], workdir: str | Path, console: Console | None = None) -> bool:
     """Trains until `train.steps`, going on from the newest checkpoint in `workdir`.
 
-    SIGINT and SIGTERM end the run after the step under way, with a checkpoint.
+    SIGINT and SIGTERM end the run after the step under way, with a checkpoint. After the last step
+    the model is scored on held-out text, and `report.html` is written.
 
     Returns:
       Whether the last step was reached (and not a signal).
@@ -59,7 +58,11 @@ def run(values: Mapping[str, Any], workdir: str | Path, console: Console | None 
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
         training = Training(config, workdir, mesh, checkpoints, console)
         with _stop_signals() as stopped:
-            return training.until(config.train.steps, stopped)
+            finished = training.until(config.train.steps, stopped)
+    del training  # the report needs the memory
+    if finished:
+        report.finish(workdir, console)
+    return finished
 
 
 class Training:
@@ -222,6 +225,7 @@ class _Watch:
         )
         self.pending: tuple[int, dict[str, Array]] | None = None
         self.clock = time.perf_counter()
+        self.since = {"seconds": 0.0, "tokens": 0.0, "steps": 0.0}  # the last record
 
     def step(self, done: int, metrics: dict[str, Array]) -> None:
         """Takes the metrics of the step just dispatched and reads those of the one before."""
@@ -246,9 +250,20 @@ class _Watch:
         }
         speed, share = values["count"] / seconds, self.flops / seconds / self.peak
         self.display.update(done, numbers["loss"], numbers["learning_rate"], speed, share)
+        more = {"seconds": seconds, "tokens": values["count"], "steps": 1.0}
+        self.since = {name: self.since[name] + more[name] for name in more}
         if done % config.train.log_every == 0 or done == config.train.steps:
-            # Speeds are kept apart from the numbers that a resumed run repeats to the last bit.
-            self.record.write(done, numbers | {"tokens_per_second": speed, "share_of_peak": share})
+            self.record.write(done, numbers | self._speeds())
+
+    def _speeds(self) -> dict[str, float]:
+        """Over the steps since the last record; only these differ when a resumed run repeats."""
+        since, self.since = self.since, dict.fromkeys(self.since, 0.0)
+        seconds = since["seconds"]
+        return {
+            "seconds": seconds,
+            "tokens_per_second": since["tokens"] / seconds,
+            "share_of_peak": since["steps"] * self.flops / seconds / self.peak,
+        }
 
     def evaluate(self, done: int) -> None:
         """Records the loss on held-out text; its time counts for no step."""
@@ -284,60 +299,6 @@ def per_token(sums: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         f"{prefix}nll": float(sums["nll"]) / count,
         f"{prefix}accuracy": float(sums["correct"]) / count,
     }
-
-
-def check_same_run(config: Config, fingerprint: str, meta: dict[str, Any], workdir: Path) -> None:
-    """Refuses to go on with a checkpoint of another model, optimizer or data set.
-
-    Raises:
-      UserError: names the first field that differs, or the data.
-    """
-    here, there = dataclasses.asdict(config), meta["config"]
-    for section, values in here.items():
-        if section in FREE_TO_CHANGE:
-            continue
-        differing = (
-            [name for name in values if values[name] != there[section].get(name)]
-            if isinstance(values, dict)
-            else [""] * (values != there[section])
-        )
-        differing = [name for name in differing if name not in ("data_dir", "workers")]
-        if differing:
-            name = ".".join(filter(None, (section, differing[0])))
-            raise UserError(
-                f"{workdir} holds a run with another config.{name}: put it back (the run's config "
-                f"is in {workdir / 'config.json'}), or choose another --workdir."
-            )
-    if fingerprint != meta["data_fingerprint"]:
-        raise UserError(
-            f"{workdir} was trained on other data than config.data now gives; bring the old data "
-            "back, or choose another --workdir."
-        )
-
-
-def check_layout(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> None:
-    """Refuses a mesh that cannot split the parameters evenly.
-
-    Raises:
-      UserError: names what is to be split, and over how many devices.
-    """
-    model = config.model
-    split = {
-        "fsdp": {"config.model.d_model": model.d_model},
-        "tensor": {
-            "config.model.num_heads": model.num_heads,
-            "the number of key heads": kv_heads(model),
-            "config.model.d_ff": model.d_ff,
-            "the vocabulary": vocab_size,
-        },
-    }
-    for axis, sizes in split.items():
-        for name, size in sizes.items():
-            if size % mesh.shape[axis]:
-                raise UserError(
-                    f"config.mesh.{axis}={mesh.shape[axis]} does not divide {name}={size}; change "
-                    "one of them."
-                )
 
 
 def _tokenizer(meta: dict[str, Any]) -> Tokenizer:

@@ -14,24 +14,10 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from jaxformer.errors import UserError
+from jaxformer.metrics import LOG, read_log
 
-LOG = "metrics.jsonl"
 QUIET_SECONDS = 15.0
 """Where there is no terminal, a line of progress is printed this often."""
-
-
-def read_log(workdir: Path) -> list[dict[str, float]]:
-    """The records of a run, in order; a last line cut short by a crash is left out."""
-    path = workdir / LOG
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
 
 
 class Record:
