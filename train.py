@@ -5,7 +5,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from jaxformer.config import parse_flags
+from jaxformer.command_line import parse_flags
 from jaxformer.errors import plainly_said
 from jaxformer.training import loop
 

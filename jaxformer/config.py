@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
-from absl import flags
 
 from jaxformer.errors import UserError
 
@@ -161,6 +161,8 @@ def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
             continue
         value = values[name]
         if dataclasses.is_dataclass(field.default):
+            if not hasattr(value, "items"):
+                raise UserError(f"config.{prefix}{name} is {value!r}; it must hold fields.")
             made[name] = _build(type(field.default), value, f"{prefix}{name}.")
         else:
             made[name] = _typed(value, field.default, f"config.{prefix}{name}")
@@ -214,6 +216,7 @@ AT_LEAST = {
     "train.keep_checkpoints": 1,
     "train.max_nonfinite": 1,
     "decode.beam": 1,
+    "decode.alpha": 0.0,
     "decode.max_length": 1,
     "decode.tokens_per_batch": 1,
 }
@@ -221,6 +224,8 @@ AT_LEAST = {
 FRACTIONS = (
     "model.dropout",
     "model.attention_dropout",
+    "optimizer.beta1",
+    "optimizer.beta2",
     "optimizer.ema_decay",
     "train.label_smoothing",
 )
@@ -238,13 +243,25 @@ def check(config: Config) -> None:
                 f"config.{name} is {_get(config, name)!r}; choose one of {', '.join(choices)}."
             )
     for name, least in AT_LEAST.items():
-        if _get(config, name) < least:
-            raise UserError(f"config.{name} is {_get(config, name)}; it must be at least {least}.")
+        if not least <= _get(config, name) < math.inf:  # nor NaN
+            value = _get(config, name)
+            raise UserError(f"config.{name} is {value}; it must be at least {least:g}.")
     for name in FRACTIONS:
         if not 0.0 <= _get(config, name) < 1.0:
             raise UserError(f"config.{name} is {_get(config, name)}; it must be in [0, 1).")
+    _check_optimizer(config.optimizer)
     _check_model(config.model)
     _check_batches(config)
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    if not 0 < optimizer.epsilon < math.inf:
+        raise UserError(f"config.optimizer.epsilon is {optimizer.epsilon}; it must be above 0.")
+    if optimizer.weight_decay and optimizer.name != "adamw":
+        raise UserError(
+            f"config.optimizer.weight_decay={optimizer.weight_decay} is for "
+            "config.optimizer.name='adamw'; set it to 0 with adam."
+        )
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -308,37 +325,6 @@ def kv_heads(model: ModelConfig) -> int:
 def _get(config: Config, name: str) -> Any:
     section, field = name.split(".")
     return getattr(getattr(config, section), field)
-
-
-def parse_flags(argv: Sequence[str]) -> None:
-    """Parses the command line into `absl.flags.FLAGS`.
-
-    Raises:
-      UserError: an unknown flag or field (the nearest is named), a value of the wrong type, or a
-        config file that is not there or fails.
-    """
-    try:
-        flags.FLAGS(argv)
-        _ = list(
-            flags.FLAGS.config or ()
-        )  # a file that failed to load says so only when it is asked for
-    except flags.Error as error:
-        raise UserError(" ".join(str(error).split())) from error
-    except (AttributeError, KeyError) as error:
-        # ml_collections quotes its own message once for each exception it passes through.
-        words = str(error).replace("\\n", " ").replace("\\", "").replace("\n", " ")
-        field, _, hint = words.replace("'", "").replace('"', "").partition(" Did you mean ")
-        near = hint.partition(" instead")[0]
-        cure = f"did you mean {near!r}?" if near else "jaxformer/config.py lists all fields."
-        raise UserError(f"The config has no field {field!r}: {cure}") from error
-    except OSError as error:
-        raise UserError(f"--config cannot be loaded: {_root_cause(error)}") from error
-
-
-def _root_cause(error: BaseException) -> str:
-    while (deeper := error.__cause__ or error.__context__) is not None:
-        error = deeper
-    return " ".join(str(error).split())
 
 
 def choose(preset: str, presets: Mapping[str, Any]) -> Any:

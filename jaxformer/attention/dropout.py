@@ -48,7 +48,8 @@ def _linear_index(shape: tuple[int, ...], axes: range, sharding) -> Array:
 
 def keep(key: Array, rate: float, shape: tuple[int, ...], sharding=None) -> Array:
     """bool [*shape]: which elements survive dropout of the given rate."""
-    return random_bits(key, shape, sharding) >= jnp.uint32(round(rate * 2**32))
+    dropped = min(round(rate * 2**32), 2**32 - 1)  # a rate just below 1 would overflow
+    return random_bits(key, shape, sharding) >= jnp.uint32(dropped)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

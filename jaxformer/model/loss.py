@@ -76,9 +76,10 @@ def _sums_fwd(x_BTD, table_VD, targets_BT, weights_BT, smoothing):
         chunk, (_zeros(), zero_grad_VD), _chunks(x_BTD, targets_BT, weights_BT)
     )
     B, T, D = x_BTD.shape
-    C = x_grad_CnD.shape[0]
-    x_grad_CBtD = x_grad_CnD.reshape(C, B, T // C, D, out_sharding=spec(None, "batch", None, None))
-    x_grad_BTD = jnp.moveaxis(x_grad_CBtD, 0, 1).reshape(x_BTD.shape)
+    C, n, _ = x_grad_CnD.shape
+    layout = spec(None, "batch", None, None)
+    x_grad_CBtD = x_grad_CnD.reshape(C, B, n // B, D, out_sharding=layout)
+    x_grad_BTD = jnp.moveaxis(x_grad_CBtD, 0, 1).reshape(B, C * (n // B), D)[:, :T]
     return sums, (x_grad_BTD, table_grad_VD.astype(table_VD.dtype))
 
 
@@ -92,16 +93,22 @@ _sums.defvjp(_sums_fwd, _sums_bwd)
 
 
 def _chunks(*arrays: Array) -> tuple[Array, ...]:
-    """Each [B, T, ...] as [C, n, ...]: cut along time, so that rows stay on their devices."""
+    """Each [B, T, ...] as [C, n, ...]: cut along time, so that rows stay on their devices.
+
+    Where C does not divide T, the last chunk is filled up with zeros: tokens of weight 0.
+    """
     B, T = arrays[0].shape[:2]
     most = CHUNK_TOKENS * max(jax.sharding.get_abstract_mesh().size, 1)
-    t = max(t for t in range(1, T + 1) if T % t == 0 and (t == 1 or B * t <= most))
+    C = -(-T // max(most // B, 1))
+    t = -(-T // C)
 
     def cut(array: Array) -> Array:
         features = array.shape[2:]
-        cut_CBt = jnp.moveaxis(array.reshape(B, T // t, t, *features), 1, 0)
+        if C * t > T:
+            array = jnp.pad(array, [(0, 0), (0, C * t - T), *((0, 0) for _ in features)])
+        cut_CBt = jnp.moveaxis(array.reshape(B, C, t, *features), 1, 0)
         layout = spec(None, "batch", *(None for _ in features))
-        return cut_CBt.reshape(T // t, B * t, *features, out_sharding=layout)
+        return cut_CBt.reshape(C, B * t, *features, out_sharding=layout)
 
     return tuple(cut(array) for array in arrays)
 

@@ -1,41 +1,34 @@
-"""Checkpoints: pytrees and a little JSON in, the same out, on any number of devices.
-
-A step is one directory, `<workdir>/checkpoints/<step>`:
-
-    params/ ema/ train/   an Orbax checkpoint each, so that a translator reads only weights
-    meta.json             what the caller wants to know of the run: config, tokenizer, step
-    manifest.json         shape and dtype of every array, SHA-256 of every other file
-
-It is written as `<step>.partial` and renamed when every byte is on disk, so a directory with a bare
-number is complete. What happens to it later the checksums tell: "damaged" always means that a file
-is no longer what was written, never that reading failed for some other reason.
-
-Under `jax.distributed` every process makes the same calls, on a file system that all of them see.
-Process 0 hashes, renames and deletes; the step it chooses is the step of all.
-"""
+"""Writing and restoring the checkpoints of a run."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp  # lives in .experimental.v1 so far; this name stays
 
+from jaxformer.checkpoint.files import (
+    MANIFEST,
+    META,
+    agreed,
+    complete_steps,
+    delete,
+    flush,
+    read_json,
+    sha256,
+    sound_steps,
+)
 from jaxformer.errors import UserError
 
-META, MANIFEST = "meta.json", "manifest.json"
 WEIGHTS = ("params", "ema")  # entries of the state that can be read without the others
 
 log = logging.getLogger(__name__)
@@ -67,11 +60,11 @@ class Checkpoints:
         self.keep = keep
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[list[int]] | None = None
-        _agreed(1, self._clean)
+        agreed(1, self._clean)
 
     def steps(self) -> list[int]:
         """The complete steps, ascending."""
-        return _steps(self.directory)
+        return complete_steps(self.directory)
 
     def latest(self) -> int | None:
         """The last complete step, or None."""
@@ -114,7 +107,7 @@ class Checkpoints:
         if saving is not None:
             if jax.process_index() != 0:
                 saving.result()
-            _agreed(1, saving.result)
+            agreed(1, saving.result)
 
     def close(self) -> None:
         """Like `wait`, and ends the writing thread."""
@@ -140,10 +133,10 @@ class Checkpoints:
           UserError: no such step, it is damaged, or its arrays are not those of `abstract_state`.
         """
         self.wait()
-        path = self.directory / str(_agreed(1, lambda: self._choose(step))[0])
+        path = self.directory / str(agreed(1, lambda: self._choose(step))[0])
         _check_arrays(path, _arrays(abstract_state))
         loaded = ocp.load_checkpointables(path.absolute(), _split(abstract_state))
-        return loaded.pop("train", {}) | loaded, _read(path / META)
+        return loaded.pop("train", {}) | loaded, read_json(path / META)
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """The meta of a step; None: of the newest step whose meta is undamaged.
@@ -152,8 +145,8 @@ class Checkpoints:
           UserError: no such step, or it is damaged.
         """
         self.wait()
-        chosen = _agreed(1, lambda: _sound(self.workdir, step, 1, ())[0])[0]
-        return _read(self.directory / str(chosen) / META)
+        chosen = agreed(1, lambda: sound_steps(self.workdir, step, 1, ())[0])[0]
+        return read_json(self.directory / str(chosen) / META)
 
     def _clean(self) -> list[int]:
         try:
@@ -168,7 +161,7 @@ class Checkpoints:
         return [0]
 
     def _choose(self, step: int | None) -> list[int]:
-        chosen, damaged = _sound(self.workdir, step, 1)
+        chosen, damaged = sound_steps(self.workdir, step, 1)
         for path, reason in damaged.items():
             aside = path.with_suffix(".damaged")
             shutil.rmtree(aside, ignore_errors=True)
@@ -185,17 +178,17 @@ class Checkpoints:
                 return []
             (path / META).write_text(meta, encoding="utf-8")
             files = sorted(file for file in path.rglob("*") if file.is_file())
-            sums = {file.relative_to(path).as_posix(): _sha256(file) for file in files}
+            sums = {file.relative_to(path).as_posix(): sha256(file) for file in files}
             manifest = json.dumps({"arrays": arrays, "sha256": sums}, indent=1)
             (path / MANIFEST).write_text(manifest, encoding="utf-8")
-            _flush(*files, path / MANIFEST, path)
+            flush(*files, path / MANIFEST, path)
             final = path.with_suffix("")
             if final.exists():
-                _delete(final)
+                delete(final)
             path.rename(final)
-            _flush(self.directory)
+            flush(self.directory)
             for step in self.steps()[: -self.keep]:
-                _delete(self.directory / str(step))
+                delete(self.directory / str(step))
             return [int(final.name)]
 
     @contextmanager
@@ -215,132 +208,6 @@ class Checkpoints:
                 f"{path.with_suffix('')} could not be saved, the disk is full (earlier checkpoints "
                 "are intact): make room or lower config.train.keep_checkpoints, then start again."
             ) from error
-
-
-def load_weights(
-    workdir: str | Path, step: int | None = None, average: int = 1
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The weights to translate with: the moving average if the run kept one, else the parameters.
-
-    Reads neither optimizer state nor the mesh that wrote it; changes nothing in `workdir`.
-
-    Args:
-      workdir: the directory of a run, which may be training at this moment.
-      step: None takes the newest undamaged one, with a warning if that is not the newest.
-      average: uniform mean, in float64, over so many steps up to this one.
-
-    Returns:
-      A nested dict of NumPy arrays in the dtypes of training, and the meta of the newest step read.
-
-    Raises:
-      UserError: no such step, it is damaged, or there are fewer than `average`.
-    """
-
-    def choose() -> list[int]:
-        chosen, damaged = _sound(workdir, step, average, WEIGHTS)
-        for path, reason in damaged.items():
-            log.warning("%s is damaged (%s): step %d is used.", path, reason, chosen[0])
-        return chosen
-
-    if average < 1:
-        raise UserError(f"average={average} checkpoints cannot be averaged; ask for 1 or more.")
-    newest, *others = (Path(workdir) / "checkpoints" / str(n) for n in _agreed(average, choose))
-    weights = _load_weights(newest)
-    if others:
-        sums = jax.tree.map(lambda w: w.astype(np.float64), weights)
-        for path in others:
-            sums = jax.tree.map(lambda s, w: s + w.astype(np.float64), sums, _load_weights(path))
-        weights = jax.tree.map(lambda s, w: (s / average).astype(w.dtype), sums, weights)
-    return weights, _read(newest / META)
-
-
-def _load_weights(path: Path) -> dict[str, Any]:
-    stored = ocp.checkpointables_metadata(path.absolute()).metadata
-    name = "ema" if "ema" in stored else "params"
-    # A NumPy target asks for NumPy arrays; this one is a view of a single element.
-    target = jax.tree.map(lambda a: np.broadcast_to(np.zeros((), a.dtype), a.shape), stored[name])
-    return ocp.load_checkpointables(path.absolute(), {name: target})[name]
-
-
-def _steps(directory: Path) -> list[int]:
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
-
-
-def _sound(
-    workdir: str | Path, step: int | None, count: int, trees: tuple[str, ...] | None = None
-) -> tuple[list[int], dict[Path, str]]:
-    """The newest `count` undamaged steps up to `step`; the damaged ones passed over, with reasons.
-
-    `trees` names the parts to look at; None: all of them.
-    """
-    directory = Path(workdir) / "checkpoints"
-    steps = _steps(directory)
-    if not steps:
-        raise UserError(
-            f"{workdir} holds no checkpoint; train it first with "
-            f"python train.py --config=... --workdir={workdir}"
-        )
-    if step is not None and step not in steps:
-        raise UserError(
-            f"{workdir} holds no checkpoint of step {step}; it has {', '.join(map(str, steps))}."
-        )
-    sound: list[int] = []
-    damaged: dict[Path, str] = {}
-    for candidate in reversed(steps if step is None else steps[: steps.index(step) + 1]):
-        path = directory / str(candidate)
-        if not (reason := _damage(path, trees)):
-            sound.append(candidate)
-            if len(sound) == count:
-                return sound, damaged
-        elif candidate == step:
-            raise UserError(f"{path} is damaged ({reason}); choose another step than {step}.")
-        else:
-            damaged[path] = reason
-    if sound:
-        raise UserError(
-            f"{workdir} holds {len(sound)} usable checkpoints, too few to average {count}; ask for "
-            "fewer, or train with a larger config.train.keep_checkpoints."
-        )
-    reasons = "; ".join(f"{path}: {reason}" for path, reason in damaged.items())
-    raise UserError(
-        f"{workdir} holds no undamaged checkpoint ({reasons}); bring one back from a copy, or "
-        f"remove {directory} to train from the beginning."
-    )
-
-
-def _damage(path: Path, trees: tuple[str, ...] | None) -> str:
-    """Which file of the step is not what was written; "" if all are."""
-    try:
-        sums = _read(path / MANIFEST)["sha256"]
-    except (OSError, ValueError, LookupError):
-        return f"{MANIFEST} cannot be read"
-    for name, digest in sums.items():
-        if trees is None or "/" not in name or name.split("/")[0] in trees:
-            try:
-                if _sha256(path / name) != digest:
-                    return f"{name} has changed since it was written"
-            except OSError as error:
-                return f"{name}: {error.strerror}"
-    return ""
-
-
-def _agreed(count: int, choose: Callable[[], list[int]]) -> list[int]:
-    """What process 0 chooses, `count` steps, on every process; nobody goes on where it fails."""
-    if jax.process_count() == 1:
-        return choose()
-    chosen: list[int] = [-1] * count
-    failure: Exception = UserError("The checkpoint cannot be used or written: see process 0.")
-    if jax.process_index() == 0:
-        try:
-            chosen = choose()
-        except Exception as error:
-            failure = error
-    chosen = np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(chosen))).tolist()
-    if chosen[0] < 0:
-        raise failure
-    return chosen
 
 
 def _context() -> ocp.Context:
@@ -370,7 +237,7 @@ def _arrays(state: dict[str, Any]) -> dict[str, str]:
 
 
 def _check_arrays(path: Path, wanted: dict[str, str]) -> None:
-    stored = _read(path / MANIFEST)["arrays"]
+    stored = read_json(path / MANIFEST)["arrays"]
     for name in [*wanted, *stored]:
         there, here = stored.get(name, "absent"), wanted.get(name, "absent")
         if there != here:
@@ -379,28 +246,3 @@ def _check_arrays(path: Path, wanted: dict[str, str]) -> None:
                 f"here; put config.model and config.optimizer back (see {path / META}), or use "
                 "another --workdir."
             )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _flush(*paths: Path) -> None:
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _delete(path: Path) -> None:
-    """Renames first: a deletion that is cut short must not leave a step that looks complete."""
-    doomed = path.with_suffix(".deleted")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
