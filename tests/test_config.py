@@ -102,6 +102,11 @@ def test_a_value_of_the_wrong_type_is_refused(name, value, kind):
     assert str(caught.value) == f"config.{field} is {value!r}; it must be a {kind}."
 
 
+def test_a_section_must_hold_fields():
+    with pytest.raises(UserError, match=r"^config\.model is 3; it must hold fields\.$"):
+        Config.of({"model": 3})
+
+
 IMPOSSIBLE = [
     ({"model__activation": "tanh"}, "config.model.activation is 'tanh'", "relu, gelu, swiglu"),
     ({"model__norm": "batch"}, "config.model.norm is 'batch'", "layer, rms"),
@@ -112,6 +117,16 @@ IMPOSSIBLE = [
         "sinusoidal, learned, rotary",
     ),
     ({"model__dtype": "float16"}, "config.model.dtype is 'float16'", "float32, bfloat16"),
+    ({"optimizer__beta2": 1.0}, "config.optimizer.beta2 is 1.0", "[0, 1)"),
+    ({"optimizer__epsilon": 0.0}, "config.optimizer.epsilon is 0.0", "above 0"),
+    ({"optimizer__weight_decay": 0.1}, "config.optimizer.weight_decay=0.1", "'adamw'"),
+    (
+        {"optimizer__learning_rate": float("nan")},
+        "config.optimizer.learning_rate is nan",
+        "least 0",
+    ),
+    ({"optimizer__clip_norm": float("inf")}, "config.optimizer.clip_norm is inf", "least 0"),
+    ({"decode__alpha": -0.1}, "config.decode.alpha is -0.1", "at least 0"),
     ({"optimizer__name": "sgd"}, "config.optimizer.name is 'sgd'", "adam, adamw"),
     (
         {"optimizer__schedule": "flat"},

@@ -75,7 +75,6 @@ ADAMW = ADAM | {
 OPTIMIZERS = {
     "the paper's": {},
     "adam": ADAM,
-    "adam ignores weight decay": ADAM | {"optimizer__weight_decay": 0.3},
     "adam, clipped": ADAM | {"optimizer__clip_norm": 2.0},
     "adamw": ADAMW,
     "adamw, clipped": ADAMW | {"optimizer__clip_norm": 2.0},
