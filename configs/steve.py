@@ -32,6 +32,6 @@ def get_config() -> ml_collections.ConfigDict:
         weight_decay=0.01,
         clip_norm=1.0,
     )
-    c.train.update(steps=700, eval_every=100, checkpoint_every=350)
+    c.train.update(steps=600, eval_every=100, checkpoint_every=300)
     c.decode.max_length = 64
     return c

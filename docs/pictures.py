@@ -17,11 +17,12 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from jaxformer import Translator
+from jaxformer import Translator, report
 from jaxformer.attention import Mask, attention
 from jaxformer.attention.reference import weights_BGRTS
 from jaxformer.data.tokenizer import BOS, EOS
 from jaxformer.errors import plainly_said
+from jaxformer.metrics import read_log
 from jaxformer.model import Transformer, forward, layers
 
 
@@ -69,7 +70,7 @@ def draw(weights_TS: np.ndarray, rows: list[str], columns: list[str], path: Path
     figure.savefig(path, dpi=120)
 
 
-def main(workdir: str, sentence: str, path: str) -> None:
+def picture_of_attention(workdir: str, path: str, sentence: str) -> None:
     """Translates the sentence and draws the last layer's cross-attention."""
     translator = Translator.load(workdir)
     tokenizer = translator.tokenizer
@@ -81,6 +82,14 @@ def main(workdir: str, sentence: str, path: str) -> None:
     print(f"{sentence} -> {output}; wrote {path}")
 
 
+def picture_of_curve(workdir: str, path: str) -> None:
+    """Draws the loss, the learning rate and the speed of a run, as its report does."""
+    report.curves(read_log(Path(workdir))).savefig(path, dpi=120)
+    print(f"wrote {path}")
+
+
+PICTURES = {"attention": picture_of_attention, "curve": picture_of_curve}
+
 if __name__ == "__main__":
     with plainly_said():
-        main(*sys.argv[1:])
+        PICTURES[sys.argv[1]](*sys.argv[2:])

@@ -24,7 +24,7 @@ SENTENCES, CHARACTERS = TEXT[:3], sorted(set("".join(TEXT[:3])))
 
 # Sources of up to 31 tokens stay whole: two buckets, and few programs to compile.
 CONFIG = change(
-    TINY, model__max_length=32, decode__beam=2, decode__max_length=12, decode__tokens_per_batch=512
+    TINY, model__max_length=32, decode__beam=2, decode__max_length=12, decode__tokens_per_batch=128
 )
 
 
@@ -33,12 +33,17 @@ def tokenizer():
     return Tokenizer.train(TEXT, 400)
 
 
-def state(seed):
-    """As training begins; scaled up, so that the choices of the model differ."""
-    config = dataclasses.replace(CONFIG, seed=seed)
-    init = functools.partial(training_state.init, config, tokenizer().vocab_size, make(config))
-    made = jax.jit(init)()
-    return made | {"params": jax.tree.map(lambda leaf: leaf * 3, made["params"])}
+@functools.cache
+def fresh():
+    """As training begins."""
+    vocab_size, optimizer = tokenizer().vocab_size, make(CONFIG)
+    return jax.jit(lambda: training_state.init(CONFIG, vocab_size, optimizer))()
+
+
+def state(step):
+    """Scaled up, so that the choices of the model differ, and other weights at each step."""
+    params = jax.tree.map(lambda leaf: leaf * (1 + step / 2), fresh()["params"])
+    return fresh() | {"params": params}
 
 
 def write_run(workdir):

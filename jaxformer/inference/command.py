@@ -11,7 +11,7 @@ from rich.console import Console
 
 from jaxformer.errors import UserError
 from jaxformer.inference.decode import Sampling
-from jaxformer.inference.translator import Translation, Translator
+from jaxformer.inference.translator import Translation, Translator, check
 
 
 def translate(arguments: argparse.Namespace) -> None:
@@ -21,7 +21,8 @@ def translate(arguments: argparse.Namespace) -> None:
       UserError: flags that contradict each other, files or a workdir that cannot be used.
     """
     sampling = _sampling(arguments)
-    _check(arguments)
+    check(arguments.beam, arguments.alpha, arguments.n_best, sampling, arguments.seed)
+    _check_output(arguments.output)
     lines, warnings = _read(arguments.input)
     console = Console(stderr=True)
     translations: list[list[Translation]] = []
@@ -43,7 +44,7 @@ def translate(arguments: argparse.Namespace) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     _write(arguments.output, _formatted(translations, arguments.n_best))
     if arguments.output:
-        console.print(f"{len(lines)} lines translated, written to {arguments.output}")
+        print(f"{len(lines)} lines translated, written to {arguments.output}", file=sys.stderr)
 
 
 def _sampling(arguments: argparse.Namespace) -> Sampling | None:
@@ -52,22 +53,24 @@ def _sampling(arguments: argparse.Namespace) -> Sampling | None:
         if sampling != Sampling():
             raise UserError("--temperature, --top_k and --top_p belong to --sample: add it.")
         return None
-    if arguments.beam is not None:
-        raise UserError("--sample draws one translation; leave out --beam.")
-    if sampling.temperature <= 0:
-        raise UserError(f"--temperature is {sampling.temperature}; it must be above 0.")
-    if not 0 < sampling.top_p <= 1:
-        raise UserError(f"--top_p is {sampling.top_p}; it must be above 0 and at most 1.")
-    if sampling.top_k < 0:
-        raise UserError(f"--top_k is {sampling.top_k}; it must be 0 (all tokens) or more.")
+    for name in ("beam", "alpha"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--sample draws one translation; leave out --{name}.")
     return sampling
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    for name in ("beam", "n_best"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}; it must be at least 1.")
+def _check_output(path: Path | None) -> None:
+    """Before the work: what cannot be written in the end should not be computed."""
+    if path is None:
+        return
+    if path.exists() and not path.is_file():
+        raise UserError(f"--output={path} is not a file; name one, or leave it out for stdout.")
+    partial = _partial(path)
+    try:
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise UserError(f"--output={path} cannot be written: {error.strerror}.") from error
 
 
 def _read(path: Path | None) -> tuple[list[str], list[str]]:
@@ -106,12 +109,16 @@ def _formatted(translations: list[list[Translation]], n_best: int) -> str:
 
 def _write(path: Path | None, text: str) -> None:
     if path is None:
-        sys.stdout.write(text)
+        sys.stdout.buffer.write(text.encode())  # UTF-8 in, UTF-8 out
         return
-    partial = path.with_name(f"{path.name}.partial")
+    partial = _partial(path)
     try:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UserError(f"--output={path} cannot be written: {error.strerror}.") from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
@@ -105,26 +107,25 @@ class Translator:
           console: where to show progress.
 
         Raises:
-          UserError: settings that contradict each other.
+          UserError: settings that cannot be met, see `check`.
         """
         beam = self.config.decode.beam if beam is None else beam
         alpha = self.config.decode.alpha if alpha is None else alpha
-        if sampling is not None and n_best > 1:
-            raise UserError("Sampling gives one translation a line: n_best must be 1.")
-        if sampling is None and n_best > beam:
-            raise UserError(f"n_best={n_best} needs a beam of at least {n_best}; it is {beam}.")
+        check(beam, alpha, n_best, sampling, seed)
         pieces = [self._pieces(line) for line in lines]
         flat = [ids for row in pieces for ids in row]
+        places = [(line, piece) for line, row in enumerate(pieces) for piece in range(len(row))]
         search = _Search(self, beam, alpha, sampling, seed)
-        decoded = iter(search.run(flat, console))
+        decoded = iter(search.run(flat, places, console))
         return [self._join([next(decoded) for _ in row], n_best) for row in pieces]
 
     def _pieces(self, line: str) -> list[list[int]]:
         """Token ids of the line; of its sentences, one by one, if it is longer than a bucket."""
         limit = min(BUCKETS[-1], self.config.model.max_length) - 1
-        if not line.strip():
+        line = line.encode("utf-8", "replace").decode().strip()  # half a surrogate pair is no text
+        if not line:
             return []
-        whole = self.tokenizer.encode([line.strip()])[0]
+        whole = self.tokenizer.encode([line])[0]
         if len(whole) <= limit:
             return [whole]
         sentences = [part.strip() for part in SENTENCE_END.split(line) if part.strip()]
@@ -148,6 +149,33 @@ class Translator:
         ]
 
 
+def check(
+    beam: int | None, alpha: float | None, n_best: int, sampling: Sampling | None, seed: int
+) -> None:
+    """Refuses settings of `Translator.translate` that cannot be met; None is not known yet.
+
+    Raises:
+      UserError: names the setting, its value and what would be right.
+    """
+    for name, value, least in (("beam", beam, 1), ("n_best", n_best, 1), ("alpha", alpha, 0)):
+        if value is not None and not least <= value < math.inf:  # nor NaN
+            raise UserError(f"{name} is {value}; it must be at least {least}.")
+    if not 0 <= seed < 2**32:  # JAX looks at no more bits
+        raise UserError(f"seed is {seed}; it must be at least 0 and below 2^32.")
+    if sampling is None:
+        if beam is not None and n_best > beam:
+            raise UserError(f"n_best={n_best} needs a beam of at least {n_best}; it is {beam}.")
+        return
+    if n_best > 1:
+        raise UserError("Sampling gives one translation a line: n_best must be 1.")
+    if not 0 < sampling.temperature < math.inf:
+        raise UserError(f"temperature is {sampling.temperature}; it must be above 0, and finite.")
+    if not 0 < sampling.top_p <= 1:
+        raise UserError(f"top_p is {sampling.top_p}; it must be above 0 and at most 1.")
+    if sampling.top_k < 0:
+        raise UserError(f"top_k is {sampling.top_k}; it must be 0 (all tokens) or more.")
+
+
 class _Search:
     """Runs batches of few shapes, so that few programs are compiled."""
 
@@ -163,21 +191,25 @@ class _Search:
         self.sampling, self.key = sampling, jax.random.key(seed)
         self.decode = translator.config.decode
 
-    def run(self, rows: list[list[int]], console: Console | None) -> list[list[Translation]]:
-        """Hypotheses for each row of source ids, in order."""
+    def run(
+        self, rows: list[list[int]], places: list[tuple[int, int]], console: Console | None
+    ) -> list[list[Translation]]:
+        """Hypotheses for each row of source ids, in order; (line, piece) decides what it draws."""
         found: list[list[Translation]] = [[] for _ in rows]
         buckets: dict[int, list[int]] = {}
         for index in sorted(range(len(rows)), key=lambda i: len(rows[i])):
             bucket = next(size for size in BUCKETS if len(rows[index]) < size)
             buckets.setdefault(bucket, []).append(index)
-        show = console is not None and len(rows) >= SLOW_LINES
+        show = console is not None and console.is_terminal and len(rows) >= SLOW_LINES
         with Progress(console=console, disable=not show, transient=True) as progress:
             task = progress.add_task("Translating", total=len(rows))
             for length, indices in buckets.items():
                 size = self._rows(length, len(indices))
                 for start in range(0, len(indices), size):
                     chosen = indices[start : start + size]
-                    decoded = self._batch([rows[i] for i in chosen], chosen, size, length)
+                    decoded = self._batch(
+                        [rows[i] for i in chosen], [places[i] for i in chosen], size, length
+                    )
                     for index, hypotheses in zip(chosen, self._texts(decoded), strict=False):
                         found[index] = hypotheses
                     progress.advance(task, len(chosen))
@@ -187,7 +219,9 @@ class _Search:
         full = max(self.decode.tokens_per_batch // length, 1)
         return next((size for size in ROWS if lines <= size <= full), full)
 
-    def _batch(self, rows: list[list[int]], ids: list[int], size: int, length: int) -> Decoded:
+    def _batch(
+        self, rows: list[list[int]], places: list[tuple[int, int]], size: int, length: int
+    ) -> Decoded:
         source_BS = np.zeros((size, length), np.int32)
         for row, tokens in enumerate(rows):
             source_BS[row, : len(tokens) + 1] = [*tokens, EOS]
@@ -203,8 +237,12 @@ class _Search:
                 alpha=self.alpha,
                 max_length=max_length,
             )
-        numbers = np.array([*ids, *[0] * (size - len(ids))], np.uint32)
-        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(self.key, numbers)
+        numbers_B2 = np.zeros((size, 2), np.uint32)
+        numbers_B2[: len(places)] = places
+        fold_in = jax.vmap(jax.random.fold_in)
+        keys_B = fold_in(
+            fold_in(jnp.broadcast_to(self.key, size), numbers_B2[:, 0]), numbers_B2[:, 1]
+        )
         return sample(
             model, source_BS, segments_BS, keys_B, max_length=max_length, sampling=self.sampling
         )

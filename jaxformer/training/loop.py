@@ -168,6 +168,7 @@ class Training:
         data, train = self.data, self.data.train
         params = sum(leaf.size for leaf in jax.tree.leaves(self.state["params"]))
         pad_source, pad_target = train.padding
+        valid = 0 if data.valid is None else data.valid.excluded
         self.console.print(
             f"{params / 1e6:.1f} M parameters, vocabulary {data.tokenizer.vocab_size:,}, on "
             f"{self.mesh.size} {jax.default_backend()} device(s)\n"
@@ -176,6 +177,8 @@ class Training:
             f"{pad_source:.1%} and {pad_target:.1%} padding; an epoch is "
             f"{train.steps_per_epoch:,.0f} steps of {train.tokens_per_batch:,.0f} target tokens"
         )
+        if valid:
+            self.console.print(f"{valid:,} validation pairs are too long for a row and left out")
         if int(self.state["step"]):
             self.console.print(f"Going on from step {int(self.state['step'])} of {self.workdir}")
 

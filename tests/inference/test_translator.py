@@ -35,9 +35,9 @@ def some_lines(count, longest, seed=0):
     return ["".join(rng.choice(CHARACTERS, n)) for n in rng.integers(1, longest + 1, count)]
 
 
-def assert_weights(translator, *seeds):
-    """The weights are the mean of those of the states."""
-    states = [state(seed)["params"] for seed in seeds]
+def assert_weights(translator, *steps):
+    """The weights are the mean of those of the steps."""
+    states = [state(step)["params"] for step in steps]
     mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *states)
     for got, want in zip(jax.tree.leaves(translator.model), jax.tree.leaves(mean), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
@@ -91,8 +91,8 @@ anything = st.one_of(
 )
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(anything, max_size=12))
+@settings(max_examples=15, deadline=None)
+@given(st.lists(anything, max_size=8))
 def test_every_line_gets_one_line(translator, lines):
     translations = translator.translate(lines, beam=1)
     assert len(translations) == len(lines)
@@ -105,7 +105,7 @@ def test_every_line_gets_one_line(translator, lines):
 
 
 def test_a_line_break_that_the_model_spells_is_a_space(translator):
-    drawn = translator.translate(some_lines(40, 10), sampling=HOT)
+    drawn = translator.translate(some_lines(40, 14), sampling=HOT)
     raw = tokenizer().decode([hypotheses[0].tokens for hypotheses in drawn])
     assert any(len(text.splitlines()) > 1 for text in raw)  # or this test shows nothing
     for (best,), text in zip(drawn, raw, strict=True):
@@ -119,7 +119,7 @@ def test_order_and_neighbours_change_no_translation(translator, beam):
     for line, hypotheses in zip(lines, together, strict=True):
         (alone,) = translator.translate([line], beam=beam, n_best=beam)
         assert [h.text for h in hypotheses] == [h.text for h in alone]
-        np.testing.assert_allclose([h.score for h in hypotheses], [h.score for h in alone], 1e-4)
+        np.testing.assert_allclose([h.score for h in hypotheses], [h.score for h in alone], 1e-3)
     assert len({hypotheses[0].text for hypotheses in together}) > len(lines) / 2
 
 
@@ -144,7 +144,7 @@ def test_fifty_thousand_characters_without_an_end_are_one_line(translator):
 
 
 def test_files_of_mixed_lengths_share_a_handful_of_programs(translator):
-    config = change(CONFIG, model__max_length=1024, decode__max_length=7)
+    config = change(CONFIG, model__max_length=1024, decode__tokens_per_batch=1024)
     roomy = Translator(translator.model, translator.tokenizer, config)
     sizes = [beam_search._cache_size()]
     for seed in (1, 2):
@@ -158,29 +158,27 @@ def test_files_of_mixed_lengths_share_a_handful_of_programs(translator):
 
 
 def test_n_best_are_different_and_sorted(translator):
-    lines = ["", *some_lines(6, 14)]
-    found = translator.translate(lines, beam=4, n_best=3)
-    assert [h.text for h in found[0]] == [""] * 3
-    for hypotheses in found[1:]:
-        scores = [h.score for h in hypotheses]
-        assert scores == sorted(scores, reverse=True)
-        assert len({h.tokens for h in hypotheses}) == 3
-    best = translator.translate(lines, beam=4)
-    assert best == [hypotheses[:1] for hypotheses in found]
+    lines = ["", *some_lines(6, 14), "史蒂夫" * 30]
+    found = translator.translate(lines, n_best=2)
+    assert [h.text for h in found[0]] == ["", ""]
+    for first, second in found[1:]:
+        assert first.score > second.score
+        assert first.tokens != second.tokens
+    assert translator.translate(lines) == [hypotheses[:1] for hypotheses in found]
 
 
 def test_alpha_divides_scores_by_a_power_of_the_length(translator):
     lines = some_lines(6, 14)
-    plain, penalised = (
-        translator.translate(lines, beam=4, n_best=4, alpha=alpha) for alpha in (0.0, 1.0)
-    )
+    plain, penalised = (translator.translate(lines, n_best=2, alpha=alpha) for alpha in (0.0, 0.6))
+    shared = 0
     for before, after in zip(plain, penalised, strict=True):
         score = {h.tokens: h.score for h in before}
-        both = [h for h in after if h.tokens in score]
-        assert both
-        for h in both:
-            length = min(len(h.tokens) + 1, CONFIG.decode.max_length)  # with EOS, if it came
-            assert h.score == pytest.approx(score[h.tokens] * 6 / (5 + length), rel=1e-4)
+        for h in after:
+            if h.tokens in score:
+                length = min(len(h.tokens) + 1, CONFIG.decode.max_length)  # with EOS, if it came
+                assert h.score == pytest.approx(score[h.tokens] * (6 / (5 + length)) ** 0.6, 1e-4)
+                shared += 1
+    assert shared
 
 
 def test_a_beam_of_one_is_greedy(translator):
@@ -191,19 +189,21 @@ def test_a_beam_of_one_is_greedy(translator):
 
 
 def test_a_line_is_drawn_by_seed_and_place_alone(translator):
+    def draw(*lines, seed=5):
+        drawn = translator.translate([*lines, "你", "你"], sampling=HOT, seed=seed)
+        return [hypotheses[0].text for hypotheses in drawn[: len(lines)]]
+
     line = SENTENCES[0]
-    draw = lambda *lines, seed=5: [  # noqa: E731
-        h[0].text for h in translator.translate(lines, sampling=HOT, seed=seed)
-    ]
-    wanted = draw("你", line)
-    assert wanted == draw("你", line)
-    assert wanted != draw("你", line, seed=6)
-    assert draw(line, line)[1] == wanted[1] != draw(line, line)[0]
-    # Lines before it that are left out, or taken in pieces, do not move it.
-    for other in ("", "史蒂夫" * 30):
-        assert draw(other, line)[1] == wanted[1]
-    first, second = (draw("".join(SENTENCES[:1] * 9))[0].split(" ", 1))
-    assert first != second[: len(first)]
+    first, second = draw(line, line)
+    assert first != second
+    assert draw(line, line) == [first, second]
+    assert draw(line, line, seed=6) != [first, second]
+    # Lines before it that stay empty, or are taken in pieces, do not move it.
+    for other in ("", line * 9):
+        assert draw(other, line)[1] == second
+    (pieces,) = draw(line * 9)
+    assert pieces.startswith(first)
+    assert pieces != " ".join([first] * 9)
 
 
 @pytest.mark.parametrize(
