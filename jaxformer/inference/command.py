@@ -84,7 +84,7 @@ def _read(path: Path | None) -> tuple[list[str], list[str]]:
         rows.pop()
     lines, warnings = [], []
     for number, raw in enumerate(rows, 1):
-        text = raw.rstrip(b"\r").decode("utf-8", errors="replace")
+        text = raw.decode("utf-8", errors="replace")
         if "\0" in text:
             warnings.append(f"line {number}: a NUL byte at byte {raw.index(0) + 1} was left out")
             text = text.replace("\0", "")

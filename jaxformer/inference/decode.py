@@ -130,7 +130,7 @@ class _Beam(NamedTuple):
     cache: Cache
 
 
-@functools.partial(jax.jit, static_argnames=("beam", "alpha", "max_length"))
+@functools.partial(jax.jit, static_argnames=("beam", "alpha", "max_length", "n_best"))
 def beam_search(
     model: Transformer,
     source_BS: Array,
@@ -139,11 +139,12 @@ def beam_search(
     beam: int,
     alpha: float,
     max_length: int,
+    n_best: int = 1,
 ) -> Decoded:
-    """The `beam` best hypotheses by log-probability over length penalty.
+    """The `n_best` hypotheses by log-probability over length penalty, of `beam` kept at each step.
 
-    A source is finished when no growing hypothesis can still beat the worst ended one. Where fewer
-    than `beam` hypotheses end within `max_length` tokens, cut-off ones fill the places after them.
+    A source is finished when no growing hypothesis can still get among them. Where fewer than
+    `n_best` hypotheses end within `max_length` tokens, cut-off ones fill the places after them.
     """
     B, N, T = source_BS.shape[0], beam, max_length
     cache, empty_B = _begin(model, source_BS, segments_BS, N, T)
@@ -151,7 +152,7 @@ def beam_search(
     def open_B(state: _Beam) -> Array:
         # Log-probabilities only fall, so the longest length gives the highest score to hope for.
         hope_B = state.alive_BN[:, 0] / length_penalty(T, alpha)
-        return ~empty_B & (hope_B > state.ended_BN[:, -1])
+        return ~empty_B & (hope_B > state.ended_BN[:, n_best - 1])
 
     def unfinished(state: _Beam) -> Array:
         return (state.position < T) & open_B(state).any()
@@ -200,7 +201,7 @@ def beam_search(
     tokens_BMT = jnp.concatenate([end.ended_BNT, end.alive_BNT], axis=1)
     scores_BN = jnp.take_along_axis(scores_BM, places_BN, axis=1)
     tokens_BNT = jnp.take_along_axis(tokens_BMT, places_BN[:, :, None], axis=1)
-    return Decoded(tokens_BNT, scores_BN)
+    return Decoded(tokens_BNT[:, :n_best], scores_BN[:, :n_best])
 
 
 def best(totals_BNV: Array, count: int) -> tuple[Array, Array, Array]:

@@ -115,7 +115,7 @@ class Translator:
         pieces = [self._pieces(line) for line in lines]
         flat = [ids for row in pieces for ids in row]
         places = [(line, piece) for line, row in enumerate(pieces) for piece in range(len(row))]
-        search = _Search(self, beam, alpha, sampling, seed)
+        search = _Search(self, beam, alpha, n_best, sampling, seed)
         decoded = iter(search.run(flat, places, console))
         return [self._join([next(decoded) for _ in row], n_best) for row in pieces]
 
@@ -140,7 +140,7 @@ class Translator:
         warning = f"too long for the model; translated in {len(pieces)} pieces"
         return [
             Translation(
-                " ".join(piece[rank].text for piece in pieces),
+                " ".join(piece[rank].text for piece in pieces if piece[rank].text),
                 sum(piece[rank].score for piece in pieces),
                 tuple(token for piece in pieces for token in piece[rank].tokens),
                 warning,
@@ -184,10 +184,11 @@ class _Search:
         translator: Translator,
         beam: int,
         alpha: float,
+        n_best: int,
         sampling: Sampling | None,
         seed: int,
     ):
-        self.translator, self.beam, self.alpha = translator, beam, alpha
+        self.translator, self.beam, self.alpha, self.n_best = translator, beam, alpha, n_best
         self.sampling, self.key = sampling, jax.random.key(seed)
         self.decode = translator.config.decode
 
@@ -236,6 +237,7 @@ class _Search:
                 beam=self.beam,
                 alpha=self.alpha,
                 max_length=max_length,
+                n_best=self.n_best,
             )
         numbers_B2 = np.zeros((size, 2), np.uint32)
         numbers_B2[: len(places)] = places

@@ -92,6 +92,11 @@ def test_flags_that_cannot_be_met_are_one_sentence(translate, flags, words):
     assert_one_sentence(translate(*flags), words)
 
 
+def test_flags_are_refused_before_anything_is_read(translate, monkeypatch):
+    monkeypatch.setattr(Translator, "load", None)  # would fail if it were called
+    assert_one_sentence(translate("--beam", "0", "--input", "absent"), "beam is 0")
+
+
 @pytest.mark.parametrize("left", ["", "checkpoints", "checkpoints/1.partial"])
 def test_a_workdir_without_a_checkpoint_is_one_sentence(translate, tmp_path, left):
     (tmp_path / "run" / left).mkdir(parents=True)
@@ -151,7 +156,8 @@ def test_an_output_is_replaced_when_all_is_written_and_not_before(
     assert {path.name for path in tmp_path.iterdir()} == {source.name, target.name}
 
 
-def test_no_lines_give_no_lines(translate, tmp_path):
+def test_no_lines_give_no_lines(translate, tmp_path, monkeypatch):
+    monkeypatch.setattr(Translator, "load", None)  # would fail if it were called
     assert translate(stdin=b"") == (0, "", "")
     (tmp_path / "empty").touch()
     code, out, _ = translate("--input", tmp_path / "empty", "--output", tmp_path / "out")

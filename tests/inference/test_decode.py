@@ -1,6 +1,7 @@
 """Decoding against brute force, and the cache against the whole decoder."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -113,7 +114,13 @@ def enumerate_all(model: Transformer, row: int, alpha: float) -> list[tuple[floa
 def test_a_wide_beam_finds_what_brute_force_finds(config, alpha):
     model = build(config)
     N = 40  # more than the 27 prefixes of length 3: nothing can be pruned
-    tokens_BNT, scores_BN = beam_search(model, SOURCE, SEGMENTS, beam=N, alpha=alpha, max_length=T)
+    search = functools.partial(
+        beam_search, model, SOURCE, SEGMENTS, beam=N, alpha=alpha, max_length=T
+    )
+    tokens_BNT, scores_BN = search(n_best=10)
+    best = search()  # may stop earlier
+    np.testing.assert_array_equal(best.tokens_BNT, tokens_BNT[:, :1])
+    np.testing.assert_array_equal(best.scores_BN, scores_BN[:, :1])
     for row in range(2):
         wanted = enumerate_all(model, row, alpha)[:10]
         np.testing.assert_allclose(scores_BN[row, :10], [s for s, _ in wanted], atol=1e-4)
@@ -132,7 +139,7 @@ def test_beam_of_one_is_greedy():
 
 def test_hypotheses_that_never_end_are_returned_with_their_own_scores():
     model = deaf_to_eos(build(TINY, 30, scale=1.0))
-    tokens, scores = beam_search(model, SOURCE, SEGMENTS, beam=2, alpha=0.6, max_length=3)
+    tokens, scores = beam_search(model, SOURCE, SEGMENTS, beam=2, alpha=0.6, max_length=3, n_best=2)
     assert (np.asarray(tokens) != PAD).all()
     log_p = teacher_forced(model, np.asarray(tokens[:, 0]))
     picked = np.take_along_axis(log_p, np.asarray(tokens[:, 0])[:, :, None], axis=2).sum((1, 2))
