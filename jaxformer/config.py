@@ -92,7 +92,6 @@ class TrainConfig:
     checkpoint_every: int = 1000
     keep_checkpoints: int = 5
     max_nonfinite: int = 10  # skipped updates in a row that end the run
-    profile: bool = False  # leave a profiler trace of steps 10 to 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +119,7 @@ class Config:
     """Everything that decides a run. Equal configs on equal data give bitwise equal runs."""
 
     seed: int = 0
+    profile: bool = False  # leave a profiler trace of steps 10 to 15
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -20,7 +20,7 @@ def write_text(folder: Path, lines: int = 300) -> None:
 
 
 def small(folder: Path, **changes) -> ml_collections.ConfigDict:
-    """configs/tsv.py on the text in `folder`, made tiny; fields change as section__name=value."""
+    """configs/tsv.py on the text in `folder`, made tiny; `changes` are section__name=value."""
     c = tsv.get_config()
     c.model.update(d_model=16, num_heads=2, d_ff=32, encoder_layers=1, decoder_layers=1)
     c.data.update(
@@ -34,8 +34,8 @@ def small(folder: Path, **changes) -> ml_collections.ConfigDict:
     c.train.update(steps=8, log_every=1, eval_every=4, checkpoint_every=4)
     c.decode.update(beam=1, max_length=16)
     for name, value in changes.items():
-        section, field = name.split("__")
-        c[section][field] = value
+        *section, field = name.split("__")
+        (c[section[0]] if section else c)[field] = value
     return c
 
 

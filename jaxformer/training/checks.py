@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from jaxformer.config import Config, kv_heads
 from jaxformer.errors import UserError
 
-FREE_TO_CHANGE = ("train", "decode", "mesh")
-"""Sections of the config that may differ from the run that wrote the checkpoint."""
+FREE_TO_CHANGE = ("train", "decode", "mesh", "profile")
+"""What of the config may differ from the run that wrote the checkpoint."""
 
 
 def check_same_run(config: Config, fingerprint: str, meta: dict[str, Any], workdir: Path) -> None:

@@ -33,7 +33,7 @@ from jaxformer.training.record import Display, Record
 from jaxformer.training.step import add_sums, loss_sums, train_step
 
 PROFILED = range(10, 15)
-"""Steps after the start whose trace `train.profile` keeps: past compilation and first touches."""
+"""Steps after the start whose trace `config.profile` keeps: past compilation and first touches."""
 
 
 def run(values: Mapping[str, Any], workdir: str | Path, console: Console | None = None) -> bool:
@@ -197,7 +197,7 @@ class Training:
         return compiled, jax.jit(lambda model, batch: loss_sums(model, batch, smoothing, None))
 
     def _profile(self, since_start: int) -> None:
-        if not self.config.train.profile:
+        if not self.config.profile:
             return
         folder = self.workdir / "profile"
         if since_start == PROFILED.start:

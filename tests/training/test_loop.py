@@ -45,7 +45,7 @@ def log(workdir):
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished")
-    reached, text = run(small(folder, train__steps=16, train__profile=True), workdir)
+    reached, text = run(small(folder, profile=True, train__steps=16), workdir)
     assert reached
     return workdir, text
 
@@ -91,7 +91,7 @@ def test_a_finished_run_is_not_scored_again(finished, folder, monkeypatch):
     monkeypatch.setattr(Translator, "translate", None)
     before = (workdir / "evaluation.test.json").read_bytes()
     (workdir / "report.html").unlink()
-    reached, text = run(small(folder, train__steps=16, train__profile=True), workdir)
+    reached, text = run(small(folder, profile=True, train__steps=16), workdir)
     assert reached
     assert "nothing left to do" in text
     assert (workdir / "evaluation.test.json").read_bytes() == before
