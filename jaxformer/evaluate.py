@@ -29,7 +29,7 @@ from jaxformer.data.pairs import Pair
 from jaxformer.data.text import load
 from jaxformer.data.translation_memory import nearest_targets
 from jaxformer.errors import UserError
-from jaxformer.inference.translator import Translator
+from jaxformer.inference.translator import Translator, check
 
 FLOOR_PAIRS = 200_000
 """The floor remembers at most so many training pairs: beyond that it takes minutes and GiB."""
@@ -284,8 +284,7 @@ def command(arguments: argparse.Namespace) -> None:
     Raises:
       UserError: flags, workdir or data that cannot be used.
     """
-    if arguments.beam is not None and arguments.beam < 1:
-        raise UserError(f"--beam is {arguments.beam}; it must be at least 1.")
+    check(arguments.beam, arguments.alpha, 1, None, 0)
     console = Console()
     translator = Translator.load(arguments.workdir, average=arguments.average)
     evaluation = evaluate(

@@ -109,7 +109,11 @@ def _formatted(translations: list[list[Translation]], n_best: int) -> str:
 
 def _write(path: Path | None, text: str) -> None:
     if path is None:
-        sys.stdout.buffer.write(text.encode())  # UTF-8 in, UTF-8 out
+        try:
+            sys.stdout.buffer.write(text.encode())  # UTF-8 in, UTF-8 out
+            sys.stdout.buffer.flush()
+        except OSError as error:
+            raise UserError(f"stdout cannot be written: {error.strerror}.") from error
         return
     partial = _partial(path)
     try:

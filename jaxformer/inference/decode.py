@@ -31,7 +31,7 @@ class Decoded(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How chance may choose: temperature 0 is greedy, top_k 0 and top_p 1 leave all tokens in."""
+    """How chance may choose: temperature above 0, top_k 0 and top_p 1 leave all tokens in."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -95,7 +95,9 @@ def sample(
     def choose(logits_BV: Array, position: Array) -> Array:
         if sampling is None:
             return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        cut_BV = truncate(logits_BV / sampling.temperature, sampling)
+        # A high temperature must not bring the forbidden tokens near the others.
+        heated_BV = jnp.where(logits_BV > LOWEST / 2, logits_BV / sampling.temperature, -jnp.inf)
+        cut_BV = truncate(heated_BV, sampling)
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, position)
         return jax.vmap(jax.random.categorical)(keys, cut_BV).astype(jnp.int32)
 

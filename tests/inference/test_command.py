@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from inference_cases import SENTENCES, write_run
@@ -154,6 +155,13 @@ def test_an_output_is_replaced_when_all_is_written_and_not_before(
     assert (code, out, err) == (0, "", f"3 lines translated, written to {target}\n")
     assert target.read_text(encoding="utf-8") == outputs(workdir, list(SENTENCES))
     assert {path.name for path in tmp_path.iterdir()} == {source.name, target.name}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_behind_stdout_is_one_sentence(translate, monkeypatch):
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=full))
+        assert_one_sentence(translate(), "stdout cannot be written: No space left on device.")
 
 
 def test_no_lines_give_no_lines(translate, tmp_path, monkeypatch):

@@ -228,3 +228,9 @@ def test_samples_follow_the_model_and_their_seed():
     greedy = sample(model, source, segments, keys, max_length=3, sampling=None)
     first = sample(model, source, segments, keys, max_length=3, sampling=Sampling(top_k=1))
     np.testing.assert_array_equal(greedy.tokens_BNT, first.tokens_BNT)
+    boiling = sample(
+        model, source, segments, keys, max_length=1, sampling=Sampling(temperature=1e12)
+    )
+    shares = np.bincount(np.asarray(boiling.tokens_BNT).reshape(-1), minlength=V) / rows
+    assert shares[[PAD, UNK, BOS]].sum() == 0
+    assert shares[EOS:].min() > 0
