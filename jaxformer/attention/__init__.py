@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from jax import Array
 
+from jaxformer.attention.blockwise import blockwise
 from jaxformer.attention.dense import dense
 from jaxformer.attention.mask import Mask
 from jaxformer.attention.reference import reference
@@ -15,10 +16,14 @@ from jaxformer.attention.reference import reference
 __all__ = ["IMPLEMENTATIONS", "Mask", "attention"]
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "blockwise": blockwise,
     "dense": dense,
     "reference": reference,
 }
 """In the order in which they are tried."""
+
+SHORT = 512 * 512
+"""Of pictures (T times S) smaller than this, `dense` is faster than `blockwise` on a CPU."""
 
 
 def attention(
@@ -40,7 +45,8 @@ def attention(
       mask: the allowed (query, key) pairs.
       bias: added to the scaled scores, [B or 1, H, T, S].
       dropout: (rate, key) of the dropout on the weights, or None.
-      implementation: a name in `IMPLEMENTATIONS`; None takes the first that can serve.
+      implementation: a name in `IMPLEMENTATIONS`; None takes the first that can serve, and
+        `blockwise` only from `SHORT` on.
 
     Returns:
       [B, T, H, K] in the type of v; zeros (and zero gradients) for a query that may see nothing.
@@ -58,7 +64,7 @@ def attention(
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"there is no attention {implementation!r}; known: {known}")
-    names = (implementation,) if implementation else tuple(IMPLEMENTATIONS)
+    names = (implementation,) if implementation else _order(q_BTHK.shape[1], k_BSGK.shape[1])
     refusals = []
     for name in names:
         try:
@@ -69,6 +75,10 @@ def attention(
         _log_once(name)
         return out
     raise NotImplementedError("; ".join(refusals))
+
+
+def _order(T: int, S: int) -> tuple[str, ...]:
+    return tuple(name for name in IMPLEMENTATIONS if name != "blockwise" or T * S >= SHORT)
 
 
 @functools.cache

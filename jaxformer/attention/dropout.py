@@ -31,9 +31,13 @@ def random_bits(key: Array, shape: tuple[int, ...], sharding=None) -> Array:
     The last two coordinates and the leading ones are hashed in turn, so that 32 bits address
     each part: an attention picture has (batch, head) and (query, key).
     """
-    words = jax.random.key_data(key).astype(jnp.uint32).reshape(-1)
     outer = _linear_index(shape, range(len(shape) - 2), sharding)
     inner = _linear_index(shape, range(max(len(shape) - 2, 0), len(shape)), sharding)
+    return _hash(key, outer, inner)
+
+
+def _hash(key: Array, outer: Array, inner: Array) -> Array:
+    words = jax.random.key_data(key).astype(jnp.uint32).reshape(-1)
     return mix(mix(mix(outer ^ words[0]) ^ words[-1]) ^ inner)
 
 
@@ -48,8 +52,24 @@ def _linear_index(shape: tuple[int, ...], axes: range, sharding) -> Array:
 
 def keep(key: Array, rate: float, shape: tuple[int, ...], sharding=None) -> Array:
     """bool [*shape]: which elements survive dropout of the given rate."""
-    dropped = min(round(rate * 2**32), 2**32 - 1)  # a rate just below 1 would overflow
-    return random_bits(key, shape, sharding) >= jnp.uint32(dropped)
+    return random_bits(key, shape, sharding) >= _threshold(rate)
+
+
+def keep_at(key: Array, rate: float, outer: Array, inner: Array) -> Array:
+    """What `keep` says at these places of a larger array, given as row-major indices.
+
+    Args:
+      key: as in `keep`.
+      rate: as in `keep`.
+      outer: index over all axes but the last two; int32, broadcast against `inner`.
+      inner: index over the last two axes.
+    """
+    bits = _hash(key, outer.astype(jnp.uint32), inner.astype(jnp.uint32))
+    return bits >= _threshold(rate)
+
+
+def _threshold(rate: float) -> Array:
+    return jnp.uint32(min(round(rate * 2**32), 2**32 - 1))  # a rate just below 1 would overflow
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

@@ -1,0 +1,160 @@
+"""Calls of attention, their answers in float64, and what each implementation may refuse."""
+
+import dataclasses
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import reference
+
+from jaxformer.attention import Mask, attention
+from jaxformer.attention.dropout import keep
+
+# Features of a call: "bias", "dropout", "window", "causal", "segments", "grouped", "cross" (T is
+# not S), the type ("float32", "bfloat16") and the backend ("cpu", "gpu", "tpu").
+REFUSALS: dict[str, set[str]] = {
+    "blockwise": {"bias"},
+    "dense": {"bias", "grouped"},
+    "reference": set(),
+}
+
+# Largest difference from float64, as a share of the largest float64 value of that array.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
+
+KEY = jax.random.key(17)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    T: int = 7
+    S: int = 7
+    H: int = 2
+    G: int = 2
+    K: int = 32
+    B: int = 2
+    causal: bool = False
+    window: int | None = None
+    segments: int = 0  # sentences packed in each row; the rest is padding
+    bias: int = 0  # rows of the bias: 0 (none), 1 or B
+    dropout: float = 0.0
+    dtype: str = "float32"
+
+    @property
+    def features(self) -> set[str]:
+        present = {
+            "bias": self.bias,
+            "dropout": self.dropout,
+            "window": self.window,
+            "causal": self.causal,
+            "segments": self.segments,
+            "grouped": self.G != self.H,
+            "cross": self.T != self.S,
+        }
+        named = {name for name, there in present.items() if there}
+        return named | {self.dtype, jax.default_backend()}
+
+
+CASES = [
+    Case("plain"),
+    Case("one query, one key", T=1, S=1),
+    Case("one query", T=1, S=127, K=64),
+    Case("one key", T=127, S=1),
+    Case("causal", T=129, S=129, causal=True, K=64),
+    Case("cross, long keys", T=7, S=129, segments=2),
+    Case("cross, long queries", T=129, S=33, segments=3, K=64),
+    Case("packed", T=64, S=64, segments=3, K=64),
+    Case("packed, causal, odd", T=127, S=127, segments=4, causal=True),
+    Case("heads of 128", T=17, S=33, K=128),
+    Case("heads of 256", T=33, S=33, causal=True, K=256),
+    Case("grouped", T=16, S=16, H=4, G=2),
+    Case("one head of keys", T=15, S=31, H=4, G=1, segments=2),
+    Case("bias of all rows", T=16, S=16, bias=1),
+    Case("bias of each row", T=9, S=17, bias=2, segments=2),
+    Case("window", T=33, S=33, window=5),
+    Case("window, causal", T=33, S=33, window=4, causal=True),
+    Case("dropout", T=33, S=33, dropout=0.3),
+    Case("dropout, packed, causal", T=65, S=65, dropout=0.1, segments=3, causal=True),
+    Case(
+        "everything", T=31, S=31, H=4, G=2, causal=True, window=9, segments=3, bias=2, dropout=0.2
+    ),
+    Case("bfloat16", T=64, S=64, segments=2, causal=True, K=64, dtype="bfloat16"),
+    Case("bfloat16, cross, dropout", T=17, S=33, dropout=0.1, dtype="bfloat16"),
+]
+
+
+@functools.cache
+def inputs(case: Case):
+    """(q, k, v, gradient of the output), bias or None, Mask."""
+    rng = np.random.default_rng(zlib.crc32(case.name.encode()))
+    B, T, S, H, G, K = case.B, case.T, case.S, case.H, case.G, case.K
+    shapes = [(B, T, H, K), (B, S, G, K), (B, S, G, K), (B, T, H, K)]
+    arrays = [rng.standard_normal(shape).astype(jnp.dtype(case.dtype)) for shape in shapes]
+    bias = rng.standard_normal((case.bias, H, T, S)).astype(np.float32) if case.bias else None
+    q_segments = kv_segments = None
+    if case.segments:
+        q_segments = segments(rng, B, T, case.segments)
+        kv_segments = q_segments if T == S else segments(rng, B, S, case.segments)
+    return arrays, bias, Mask(q_segments, kv_segments, causal=case.causal, window=case.window)
+
+
+def segments(rng, B, length, count):
+    """Ids 1..count in runs of random lengths, then padding."""
+    rows = np.zeros((B, length), np.int32)
+    for row in rows:
+        ends = [0, *np.sort(rng.permutation(length)[:count])]
+        for segment in range(1, count + 1):
+            row[ends[segment - 1] : ends[segment]] = segment
+    return rows
+
+
+@functools.cache
+def truth(case: Case):
+    """Output and gradients for (q, k, v, bias), in float64 by the formula."""
+    (q, k, v, out_grad), bias, mask = inputs(case)
+    q, k, v, out_grad = (np.asarray(x, np.float64) for x in (q, k, v, out_grad))
+    factors = np.ones((case.B, case.H, case.T, case.S))
+    if case.dropout:
+        factors = np.asarray(keep(KEY, case.dropout, factors.shape)) / (1 - case.dropout)
+    bias_grad = np.zeros((case.bias, case.H, case.T, case.S))
+    out, grads = [], []
+    for b in range(case.B):
+        ids = (None, None)
+        if mask.q_segments_BT is not None:
+            ids = (np.asarray(mask.q_segments_BT[b]), np.asarray(mask.kv_segments_BS[b]))
+        allowed = reference.allowed_pairs(case.T, case.S, *ids, case.causal, case.window)
+        added = None if bias is None else np.asarray(bias, np.float64)[b % case.bias]
+        out.append(reference.attention(q[b], k[b], v[b], allowed, added, factors[b]))
+        *qkv, row_bias_grad = reference.attention_gradients(
+            q[b], k[b], v[b], allowed, out_grad[b], added, factors[b]
+        )
+        grads.append(qkv)
+        if case.bias:
+            bias_grad[b % case.bias] += row_bias_grad
+    gradients = [np.stack([row[i] for row in grads]) for i in range(3)]
+    return np.stack(out), gradients + ([bias_grad] if case.bias else [])
+
+
+def compute(name: str, case: Case):
+    """Output and gradients for (q, k, v[, bias]) of the named implementation."""
+    (q, k, v, out_grad), bias, mask = inputs(case)
+    drop = (case.dropout, KEY) if case.dropout else None
+
+    def call(q, k, v, *bias):
+        added = bias[0] if bias else None
+        return attention(q, k, v, mask, bias=added, dropout=drop, implementation=name)
+
+    @jax.jit
+    def run(out_grad, *primals):
+        out, pull = jax.vjp(call, *primals)
+        return out, pull(out_grad)
+
+    return run(out_grad, q, k, v, *([] if bias is None else [bias]))
+
+
+def error(got, wanted, floor: float = 1e-30) -> float:
+    got = np.asarray(got, np.float64)
+    assert got.shape == wanted.shape
+    return float(abs(got - wanted).max() / max(abs(wanted).max(), floor))
