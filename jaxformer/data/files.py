@@ -76,11 +76,19 @@ class Lines:
 class FileText(ParallelText):
     """Sentence pairs of files that have been checked line by line."""
 
-    def __init__(self, files: tuple[Lines, ...], parse: Callable[[int], Pair], good: np.ndarray):
+    def __init__(
+        self,
+        files: tuple[Lines, ...],
+        keys: tuple[str, str],
+        parse: Callable[[int], Pair],
+        good: np.ndarray,
+    ):
         self._parse, self._good = parse, good
         self.name = ", ".join(str(file.path) for file in files)
-        digests = " ".join(file.digest() for file in files)
-        self.fingerprint = hashlib.sha256(digests.encode()).hexdigest()
+        # The same objects under other keys are another text.
+        read_by = keys if files[0].path.suffix == ".jsonl" else ()
+        told = json.dumps([*(file.digest() for file in files), *read_by])
+        self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._good)
@@ -118,7 +126,7 @@ def read_files(where: str, keys: tuple[str, str], field: str) -> FileText:
         _check_sides(source, target, files[0].place(number))
         return Pair(source, target, domain or paths[0].stem)
 
-    return FileText(files, parse, _good_lines(files, parse))
+    return FileText(files, keys, parse, _good_lines(files, parse))
 
 
 def _open(path: Path, field: str) -> Lines:
