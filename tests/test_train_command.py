@@ -54,7 +54,7 @@ def arrays(workdir, values):
 
 
 def kill_at(step, number, arguments, workdir):
-    """Starts the command, sends it a signal once `step` is logged; (exit code, stderr)."""
+    """Starts the command, signals it once `step` is logged and one saved; (exit code, stderr)."""
     process = subprocess.Popen(
         command(*arguments), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE
     )
@@ -62,7 +62,8 @@ def kill_at(step, number, arguments, workdir):
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
             log = workdir / "metrics.jsonl"
-            if log.exists() and f'{{"step": {step},' in log.read_text():
+            saved = (workdir / "checkpoints" / "5").exists()
+            if saved and f'{{"step": {step},' in log.read_text():
                 process.send_signal(number)
                 break
             time.sleep(0.002)
@@ -82,6 +83,7 @@ def test_killed_and_resumed_is_bitwise_the_same(tmp_path):
         train__steps=40,
         train__checkpoint_every=5,
         train__eval_every=10,
+        train__keep_checkpoints=9,
         data__test="",
         data__target_length=64,
         data__tokens_per_batch=2048,

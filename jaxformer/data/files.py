@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import mmap
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -192,15 +193,19 @@ def _parse_tsv(line: str, place: str) -> tuple[str, str, str]:
 def _parse_json(line: str, keys: tuple[str, str], place: str) -> tuple[str, str, str]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place} is not JSON ({error}); each line must be one object.") from error
     if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in keys):
         raise UserError(
             f'{place} must be an object with text under "{keys[0]}" and "{keys[1]}" (the names in '
             "config.data.source and config.data.target)."
         )
+    if re.search("[\0\ud800-\udfff]", "".join(record[key] for key in keys)):
+        raise UserError(
+            f"{place} spells a NUL, or half a character, with \\u; correct it or remove the line."
+        )
     source, target = (record[key].strip() for key in keys)
-    return source, target, str(record.get("domain", ""))
+    return source, target, str(record.get("domain") or "").strip()
 
 
 def _check_sides(source: str, target: str, place: str) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+from rich.console import Console
 
 from jaxformer.config import Config
 from jaxformer.data.batches import Batches, EvalBatches, eval_batches
@@ -62,10 +65,14 @@ def trained_tokenizer(text: ParallelText, vocab_size: int, cache: Path) -> Token
     path = cache / f"{name}.spm"
     if path.exists():
         return Tokenizer.from_bytes(path.read_bytes())
+    console = Console(stderr=True)
+    console.print(f"Training the tokenizer on the {len(text):,} pairs of {text.name}")
     lines = (line for pair in text for line in (pair.source, pair.target))
-    tokenizer = Tokenizer.train(lines, vocab_size)
+    with console.status("SentencePiece counts and prunes; 20 s for 80,000 pairs"):
+        tokenizer = Tokenizer.train(lines, vocab_size)
     cache.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(tokenizer.to_bytes())
-    partial.rename(path)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        partial = Path(folder) / path.name
+        partial.write_bytes(tokenizer.to_bytes())
+        partial.replace(path)
     return tokenizer

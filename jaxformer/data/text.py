@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -80,11 +82,21 @@ def load(data: DataConfig, split: str) -> ParallelText:
         return read_files(where, (data.source, data.target), f"config.data.{split}")
     builder = _builder(data)
     _check_names(builder, data, where, split)
-    return RecordText(builder, where, (data.source, data.target))
+    try:
+        return RecordText(builder, where, (data.source, data.target))
+    except ValueError as error:  # what tfds makes of a slice that is empty or none
+        raise UserError(
+            f"config.data.{split}={where!r} selects nothing of {builder.name} "
+            f"({_first_line(error)}); write it like train[:4000]."
+        ) from error
 
 
 def _builder(data: DataConfig) -> Any:
     """The builder of the dataset, with its files in place."""
+    import tensorflow_datasets as tfds
+
+    if not sys.stderr.isatty():  # bars that move are for terminals
+        tfds.disable_progress_bar()
     if data.name in OWN:
         module = importlib.import_module(f"jaxformer.data.{data.name}.{data.name}_dataset_builder")
         builder = module.Builder(data_dir=data.data_dir)
@@ -93,14 +105,28 @@ def _builder(data: DataConfig) -> Any:
     try:
         # tfds writes into a temporary folder and renames it: a build that was killed starts again.
         builder.download_and_prepare(file_format="array_record")
-    except (OSError, ConnectionError) as error:
+    except (OSError, tfds.download.DownloadError) as error:
         raise UserError(
             f"config.data.name={data.name!r} cannot be downloaded ({_first_line(error)}); "
             f"{OFFLINE}."
         ) from error
+    except Exception as error:
+        if not _lacks_tensorflow(error):
+            raise
+        raise UserError(
+            f"config.data.name={data.name!r} is not built yet, and tfds unpacks its downloads with "
+            "TensorFlow only; pip install tensorflow-cpu to build it once (reading needs none), or "
+            f"know that {OFFLINE}."
+        ) from error
     for sentence in (*_metadata(builder, "missing"), *_metadata(builder, "warnings")):
-        log.warning("%s: %s", data.name, sentence)
+        _warn(f"{builder.data_dir}: {sentence}")
     return builder
+
+
+@functools.cache
+def _warn(sentence: str) -> None:
+    """Once in a process, however many splits are opened."""
+    log.warning(sentence)
 
 
 def _registered(data: DataConfig) -> Any:
@@ -109,9 +135,19 @@ def _registered(data: DataConfig) -> Any:
 
     try:
         return tfds.builder(data.name, data_dir=data.data_dir, file_format="array_record")
-    except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        known = [*OWN, "files", *tfds.list_builders(with_community_datasets=False)]
-        near = difflib.get_close_matches(data.name.split("/")[0], known, n=3)
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+        registered = tfds.list_builders(with_community_datasets=False)
+        dataset = data.name.partition("/")[0]
+        known = [*OWN, "files", *registered]
+        if dataset in registered:
+            configs = tfds.builder_cls(dataset).builder_configs
+            known = [dataset, *(f"{dataset}/{config}" for config in configs)]
+        if data.name in known:
+            raise UserError(
+                f"config.data.name={data.name!r} in config.data.data_dir={data.data_dir!r} cannot "
+                f"be opened ({_first_line(error)}); name another folder."
+            ) from error
+        near = difflib.get_close_matches(data.name, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"{OFFLINE}."
         raise UserError(
             f"config.data.name={data.name!r} is not a dataset that tfds knows "
@@ -149,6 +185,12 @@ def _metadata(builder: Any, key: str) -> list[str]:
     metadata = builder.info.metadata
     found = metadata.get(key, ()) if isinstance(metadata, Mapping) else ()
     return list(found.values() if isinstance(found, Mapping) else found)
+
+
+def _lacks_tensorflow(error: BaseException | None) -> bool:
+    while error and getattr(error, "name", None) != "tensorflow":
+        error = error.__cause__
+    return error is not None
 
 
 def _first_line(error: BaseException) -> str:

@@ -39,7 +39,8 @@ class Tokenizer:
         offer gives a smaller vocabulary.
 
         Raises:
-          UserError: the characters alone need a larger vocabulary; says how large.
+          UserError: there is no text, or its characters alone need a larger vocabulary; says how
+            large.
         """
         model = io.BytesIO()
         try:
@@ -60,6 +61,10 @@ class Tokenizer:
                 minloglevel=2,
             )
         except RuntimeError as error:
+            if re.search("sentences_.empty|all_chars_count", str(error)):
+                raise UserError(
+                    "There is no text to learn a vocabulary from; config.data.train must hold some."
+                ) from error
             needed = re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error))
             if needed is None:
                 raise

@@ -100,7 +100,11 @@ def tokenize(text: ParallelText, tokenizer: Tokenizer, cache: Path) -> TokenPair
             finished.mkdir()
             for path in Path(partial).glob("*.npy"):
                 shutil.move(path, finished)
-            finished.replace(folder)
+            try:
+                finished.replace(folder)
+            except OSError:  # another process was as fast, with the same result
+                if not folder.exists():
+                    raise
     return TokenPairs.mapped(folder)
 
 
@@ -116,7 +120,9 @@ def _write(folder: Path, text: ParallelText, tokenizer: Tokenizer) -> None:
     for side in SIDES:
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths[side]))])
         np.save(folder / f"{side}.offsets.npy", offsets)
-        np.save(folder / f"{side}.ids.npy", np.memmap(folder / side, dtype, "r"))
+        # Nothing cannot be mapped.
+        ids = np.memmap(folder / side, dtype, "r") if offsets[-1] else np.empty(0, dtype)
+        np.save(folder / f"{side}.ids.npy", ids)
 
 
 def _chunks(text: ParallelText) -> Iterable[list[Pair]]:

@@ -4,6 +4,8 @@ import json
 import logging
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxformer.data.files import MAX_CHARACTERS, read_files
 from jaxformer.data.pairs import Pair
@@ -34,7 +36,7 @@ def test_tab_separated_lines_may_name_their_domain(write):
 
 @pytest.mark.parametrize(
     "content",
-    ["\ufeff你\tyou\n我\tI\n", "你\tyou\r\n我\tI\r\n", "你\tyou\n\n \n我\tI"],
+    ["\ufeff你\tyou\n我\tI\n", "你\tyou\r\n\r\n我\tI\r\n", "你\tyou\n\n \n我\tI"],
     ids=["BOM", "CRLF", "blank lines, no last line end"],
 )
 def test_how_lines_end_and_files_begin_is_not_text(write, content):
@@ -42,17 +44,27 @@ def test_how_lines_end_and_files_begin_is_not_text(write, content):
 
 
 def test_two_files_are_read_line_by_line(write):
-    where = write("x.zh", "你\n我\n") + "," + write("x.en", "you\nI\n")
+    where = write("x.zh", "你\n\n我\n") + "," + write("x.en", "\ufeffyou\r\n\r\nI")
     assert pairs(where) == [Pair("你", "you", "x"), Pair("我", "I", "x")]
 
 
 def test_json_lines_are_read_under_the_names_of_the_config(write):
     record = {"en": "you", "zh": "你", "domain": "talk", "id": 7}
-    path = write("a.jsonl", json.dumps(record) + "\n" + json.dumps({"zh": "我", "en": "I"}))
+    path = write(
+        "a.jsonl", json.dumps(record) + "\n" + json.dumps({"zh": "我", "en": "I", "domain": None})
+    )
     assert pairs(path) == [Pair("你", "you", "talk"), Pair("我", "I", "a")]
     swapped = read_files(path, ("en", "zh"), "config.data.train")
     assert swapped[0] == Pair("you", "你", "talk")
     assert swapped.fingerprint != read_files(path, KEYS, "config.data.train").fingerprint
+
+
+@given(st.lists(st.tuples(*[st.text(st.characters(exclude_categories=["C"]))] * 2), min_size=1))
+def test_whatever_text_is_written_is_read(tmp_path_factory, rows):
+    rows = [(source.strip() or "空", target.strip() or "empty") for source, target in rows]
+    path = tmp_path_factory.mktemp("any") / "a.tsv"
+    path.write_bytes("".join(f"{source}\t{target}\n" for source, target in rows).encode())
+    assert pairs(str(path)) == [Pair(*row, "a") for row in rows]
 
 
 def test_a_fingerprint_is_of_the_content(write):
@@ -76,6 +88,7 @@ def test_a_line_of_50_000_characters_is_left_out_and_counted(write, caplog):
 GOOD = "你\tyou\n"
 BAD = {
     "an empty file": ("a.tsv", "", r"a\.tsv \(config\.data\.train\) is empty"),
+    "a BOM only": ("a.tsv", "\ufeff", r"a\.tsv holds no sentence pair"),
     "blank lines only": ("a.tsv", "\n \n", r"a\.tsv holds no sentence pair"),
     "endless lines only": ("a.tsv", f"{LONG}\tx\n", r"a\.tsv holds no sentence pair"),
     "no tab": ("a.tsv", GOOD + "no tab\n", r"a\.tsv, line 2 has 0 tabs; .*source<TAB>target"),
@@ -90,6 +103,10 @@ BAD = {
     "not JSON": ("a.jsonl", "{}x", r"a\.jsonl, line 1 is not JSON"),
     "no object": ("a.jsonl", "[1]", r'a\.jsonl, line 1 must be an object .*"zh" and "en"'),
     "a key is absent": ("a.jsonl", '{"zh": "x"}', r"a\.jsonl, line 1 must be an object"),
+    "endless nesting": ("a.jsonl", "[" * 9_000, r"a\.jsonl, line 1 is not JSON"),
+    "an empty text": ("a.jsonl", '{"zh": "x", "en": ""}', r"a\.jsonl, line 1 has an empty target"),
+    "half a character": ("a.jsonl", '{"zh": "\\ud83d", "en": "x"}', r"line 1 .*half a character"),
+    "a spelled NUL": ("a.jsonl", '{"zh": "x", "en": "\\u0000"}', r"line 1 spells a NUL"),
     "no text": ("a.jsonl", '{"zh": "x", "en": 3}', r"a\.jsonl, line 1 must be an object"),
 }
 
@@ -101,13 +118,22 @@ def test_what_cannot_be_read_is_told_with_its_place(write, case):
         pairs(write(name, content))
 
 
-def test_files_of_different_lengths_are_not_aligned(write):
-    where = write("x.zh", "你\n我\n") + "," + write("x.en", "you\n")
-    with pytest.raises(UserError, match=r"x\.zh has 2 lines and .*x\.en has 1"):
+@pytest.mark.parametrize(
+    ("sources", "targets", "words"),
+    [
+        ("你\n我\n", "you\n", r"x\.zh has 2 lines and .*x\.en has 1"),
+        ("你\n我\n", "you\n\n", r"x\.zh, line 2 has an empty target"),
+        ("你\n我\n", b"you\n\xff\n", r"x\.en, line 2 is not UTF-8 at byte 1"),
+        ("你\n", "", r"x\.en \(config\.data\.train\) is empty"),
+    ],
+)
+def test_two_files_that_do_not_go_together(write, sources, targets, words):
+    where = write("x.zh", sources) + "," + write("x.en", targets)
+    with pytest.raises(UserError, match=words):
         pairs(where)
 
 
-@pytest.mark.parametrize("where", ["gone.tsv", "."])
+@pytest.mark.parametrize("where", ["gone.tsv", ".", "tests,"])
 def test_what_is_no_file_is_told_with_its_field(where):
     with pytest.raises(UserError, match=r"^config\.data\.train=.* cannot be read: .*\.$"):
         pairs(where)

@@ -1,6 +1,7 @@
 """Text by the name of its dataset: ours, any of tfds, without TensorFlow."""
 
 import sys
+import zipfile
 
 import pytest
 import tensorflow_datasets as tfds
@@ -8,15 +9,42 @@ import tensorflow_datasets.translate
 
 from configs import wmt
 from jaxformer.config import Config, DataConfig
-from jaxformer.data import text
 from jaxformer.data.text import load
 from jaxformer.errors import UserError
+
+
+class TinyTranslate(tfds.core.GeneratorBasedBuilder):
+    """A dataset such as tfds registers them: two languages, no domains."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = tfds.features.Translation(languages=("zh", "en"))
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(4010), "validation": self._generate_examples(3)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            yield i, {"zh": f"第{i}句", "en": f" sentence {i}\n"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("tiny")
+    load(tiny(made), "train")
+    return made
 
 
 @pytest.fixture
 def mocked():
     with tfds.testing.mock_data(num_examples=5000):
         yield
+
+
+def tiny(folder, **changes):
+    return DataConfig(**{"name": "tiny_translate", "data_dir": str(folder)} | changes)
 
 
 @pytest.mark.parametrize("preset", ["base", "base_de_en"])
@@ -35,49 +63,103 @@ def test_the_texts_of_the_paper_are_read_by_name(mocked, preset, tmp_path):
     assert "tensorflow" not in sys.modules
 
 
-def test_a_slice_of_a_split_is_a_split(tmp_path_factory):
+def test_a_dataset_is_built_once_and_read_without_tensorflow(folder, monkeypatch):
+    built = {path: path.stat().st_mtime_ns for path in folder.rglob("*.array_record*")}
+    monkeypatch.setattr(TinyTranslate, "_generate_examples", None)  # it cannot be built again
+    text = load(tiny(folder), "train")
+    wanted = [(f"第{i}句", f"sentence {i}", "tiny_translate") for i in range(4010)]
+    assert sorted(text) == sorted(wanted)
+    assert [text[i] for i in (0, 1500, 4009)] == [list(text)[i] for i in (0, 1500, 4009)]
+    swapped = load(tiny(folder, source="en", target="zh"), "train")
+    assert swapped[7] == (text[7].target, text[7].source, "tiny_translate")
+    assert text.fingerprint == load(tiny(folder), "train").fingerprint != swapped.fingerprint
+    assert built == {path: path.stat().st_mtime_ns for path in folder.rglob("*.array_record*")}
+    assert len(built) == 2
+    assert "tensorflow" not in sys.modules
+
+
+def test_a_slice_of_a_split_is_a_split(folder):
     """As in configs/wmt.py, where the validation pairs are the first of the training split."""
-    fields = {"name": "steve", "data_dir": str(tmp_path_factory.getbasetemp() / "data")}
     everything, first, rest = (
-        load(DataConfig(train=split, **fields), "train")
+        load(tiny(folder, train=split), "train")
         for split in ("train", "train[:4000]", "train[4000:]")
     )
-    assert (len(first), len(rest)) == (4000, len(everything) - 4000)
-    assert [first[0], first[3999], rest[0]] == [everything[i] for i in (0, 3999, 4000)]
-    assert list(rest)[-1] == everything[len(everything) - 1]
-    assert len({t.fingerprint for t in (everything, first, rest)}) == 3
-    with pytest.raises(UserError, match=r"train=.trian. is not a split of steve; it has .*train"):
-        load(DataConfig(train="trian", **fields), "train")
+    assert (len(everything), len(first), len(rest)) == (4010, 4000, 10)
+    assert list(everything) == [*first, *rest]
+    assert rest[9] == everything[4009]
+    assert len({text.fingerprint for text in (everything, first, rest)}) == 3
 
 
-WRONG = {
-    "no such dataset": ({"name": "wmt19_translat"}, r"name=.wmt19_translat. .*did you mean wmt19_"),
-    "nothing near": ({"name": "qqqqqqqq"}, r"configs/steve.py and configs/tsv.py work"),
-    "no such pair": ({"name": "wmt19_translate/zh-xx"}, r"name=.wmt19_translate/zh-xx. is not"),
-    "no such language": ({"source": "fr"}, r"config.data.source=.fr. is not a language of .*zh"),
-    "no split": ({"train": ""}, r"config.data.train is empty: name a split of wmt19_translate"),
+WRONG_SPLITS = {
+    "": "is empty: name a split of tiny_translate there",
+    "trian": "=.trian. is not a split of tiny_translate; it has train, validation",
+    "train[:0]": r"=.train\[:0\]. selects nothing of tiny_translate .*; write it like",
+    "train[9999:]": r"selects nothing of tiny_translate .*4010 examples.*; write it like",
+    "train[4000": r"selects nothing of tiny_translate .*split .train\[4000.*; write it like",
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("where", WRONG_SPLITS)
+def test_a_split_that_is_not_there_is_told(folder, where):
+    with pytest.raises(UserError, match=r"^config\.data\.valid.*" + WRONG_SPLITS[where]):
+        load(tiny(folder, valid=where), "valid")
+
+
+WRONG_NAMES = {
+    "no such dataset": ({"name": "wmt19_translat"}, r"name=.wmt19_translat. .*did you mean wmt19_"),
+    "nothing near": ({"name": "qqqqqqqq"}, r"configs/steve.py and configs/tsv.py work"),
+    "no such pair": (
+        {"name": "wmt19_translate/zh-xx"},
+        r"name=.wmt19_translate/zh-xx. is not .*did you mean wmt19_translate/zh-en",
+    ),
+    "no such version": ({"name": "wmt19_translate/zh-en:9.9.9"}, r"only: 1\.0\.0.*/zh-en"),
+    "a config of ours": ({"name": "zh_en/full"}, r"name=.zh_en/full. is not .*did you mean zh_en"),
+    "no source": ({"source": "fr"}, r"config.data.source=.fr. is not a language of .*; it has zh"),
+    "no target": ({"target": "de"}, r"config.data.target=.de. is not a language of .*; it has zh"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_NAMES)
 def test_a_name_that_is_not_there_is_told_what_is(mocked, case, tmp_path):
-    changes, words = WRONG[case]
+    changes, words = WRONG_NAMES[case]
     fields = {"name": "wmt19_translate/zh-en", "data_dir": str(tmp_path)} | changes
     with pytest.raises(UserError, match=words):
         load(DataConfig(**fields), "train")
 
 
-def test_without_a_network_it_says_what_works(monkeypatch, tmp_path):
-    class Offline:
-        def download_and_prepare(self, **_):
-            raise ConnectionError("no route to host")
+def test_files_in_another_format_are_told_with_their_folder(tmp_path):
+    TinyTranslate(data_dir=tmp_path).download_and_prepare(file_format="parquet")
+    with pytest.raises(UserError, match=rf"data_dir=.{tmp_path}. cannot be opened .*PARQUET"):
+        load(tiny(tmp_path), "train")
 
-    monkeypatch.setattr(text, "_registered", lambda data: Offline())
-    data = DataConfig(name="wmt19_translate/zh-en", data_dir=str(tmp_path))
-    with pytest.raises(
-        UserError, match=r"cannot be downloaded \(no route to host\); configs/steve"
-    ):
-        load(data, "train")
+
+@pytest.mark.parametrize("kind", [OSError, ConnectionError, tfds.download.DownloadError])
+def test_without_a_network_it_says_what_works(monkeypatch, tmp_path, kind):
+    def offline(*_):
+        raise kind("no route to host")
+
+    monkeypatch.setattr(TinyTranslate, "_split_generators", offline)
+    works = r"\(no route to host\); configs/steve\.py and configs/tsv\.py work without a network"
+    with pytest.raises(UserError, match=r"name=.tiny_translate. cannot be downloaded " + works):
+        load(tiny(tmp_path), "train")
+    assert not list(tmp_path.rglob("*.array_record*"))
+
+
+def test_archives_that_tfds_opens_with_tensorflow_only_are_told(monkeypatch, tmp_path):
+    archive = tmp_path / "some.zip"
+    with zipfile.ZipFile(archive, "w") as made:
+        made.writestr("some.txt", "text")
+
+    monkeypatch.setattr(TinyTranslate, "_split_generators", lambda _, it: it.extract(archive))
+    monkeypatch.setitem(sys.modules, "tensorflow", None)  # not installed
+    with pytest.raises(UserError, match=r"pip install tensorflow-cpu .* configs/steve\.py"):
+        load(tiny(tmp_path / "data"), "train")
+
+
+def test_a_mistake_in_a_builder_is_no_mistake_of_the_user(monkeypatch, tmp_path):
+    monkeypatch.setattr(TinyTranslate, "_split_generators", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        load(tiny(tmp_path), "train")
 
 
 def test_files_are_a_dataset_too(tmp_path):

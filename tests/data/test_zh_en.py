@@ -324,7 +324,8 @@ def test_fetch_never_runs_a_source_package(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
     package = Package("pip", "evil", "1", "*/PKG-INFO", "")
-    archive = packages.fetch(package, tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    archive = packages.fetch(package, Path("cache"))
     assert archive == tmp_path / "cache/evil-1/evil-1.tar.gz"
     assert list(packages.read(package, archive)) == ["PKG-INFO"]
     assert not ran.exists()
@@ -445,7 +446,7 @@ def test_a_missing_source_is_one_sentence_and_the_rest_is_built(two_sources, tmp
     assert {pair.domain for pair in pairs} == {"one"}
     assert record["missing"] == {
         "two": "The source two is left out because apt cannot reach its servers; to have it, "
-        "build on Debian or Ubuntu with a network and build again."
+        "build on Debian or Ubuntu with a network, remove the built data set and start again."
     }
 
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import logging
-
 from jaxformer.data.zh_en import packages
 from jaxformer.data.zh_en.packages import Package, Unavailable
 from jaxformer.data.zh_en.sources import Files, Source, pairs_of
@@ -44,10 +42,9 @@ def collect(sources: Sequence[Source], cache: Path) -> tuple[list[Pair], dict[st
         except Unavailable as reason:
             cure = _CURES[source.packages[0].manager]
             record["missing"][source.domain] = (
-                f"The source {source.domain} is left out because {reason}; to have it, {cure} and "
-                "build again."
+                f"The source {source.domain} is left out because {reason}; to have it, {cure}, "
+                "remove the built data set and start again."
             )
-            logging.warning("%s", record["missing"][source.domain])
             continue
         contents, used, moved = _read_checked(source, archives)
         mine = pairs_of(source, contents)
@@ -60,7 +57,6 @@ def collect(sources: Sequence[Source], cache: Path) -> tuple[list[Pair], dict[st
         }
         for sentence in moved:
             record["warnings"].append(f"{sentence} This one gave {len(mine)} pairs.")
-            logging.warning("%s", record["warnings"][-1])
     if not record["sources"]:
         raise SourcesUnavailable(
             " ".join(record["missing"].values())

@@ -67,6 +67,7 @@ def fetch(package: Package, cache: Path) -> Path:
     """
     if package.manager == "apt" and not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise Unavailable("this machine has no apt-get and dpkg-deb")
+    cache = cache.absolute()  # pip runs in another folder, and must find our backend from there
     home = cache / (
         f"{package.name}-{package.version}" if package.manager == "pip" else package.name
     )
