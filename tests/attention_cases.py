@@ -15,6 +15,7 @@ from jaxformer.attention.dropout import keep
 # Features of a call: "bias", "dropout", "window", "causal", "segments", "grouped", "cross" (T is
 # not S), the type ("float32", "bfloat16") and the backend ("cpu", "gpu", "tpu").
 REFUSALS: dict[str, set[str]] = {
+    "pallas_tpu": {"bias"},
     "blockwise": {"bias"},
     "dense": {"bias", "grouped"},
     "reference": set(),

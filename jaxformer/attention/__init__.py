@@ -6,16 +6,19 @@ import functools
 import logging
 from collections.abc import Callable
 
+import jax
 from jax import Array
 
 from jaxformer.attention.blockwise import blockwise
 from jaxformer.attention.dense import dense
 from jaxformer.attention.mask import Mask
+from jaxformer.attention.pallas_tpu import pallas_tpu
 from jaxformer.attention.reference import reference
 
 __all__ = ["IMPLEMENTATIONS", "Mask", "attention"]
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "pallas_tpu": pallas_tpu,
     "blockwise": blockwise,
     "dense": dense,
     "reference": reference,
@@ -78,7 +81,10 @@ def attention(
 
 
 def _order(T: int, S: int) -> tuple[str, ...]:
-    return tuple(name for name in IMPLEMENTATIONS if name != "blockwise" or T * S >= SHORT)
+    left_out = {"pallas_tpu"} if jax.default_backend() != "tpu" else set()
+    if T * S < SHORT:
+        left_out |= {"pallas_tpu", "blockwise"}
+    return tuple(name for name in IMPLEMENTATIONS if name not in left_out)
 
 
 @functools.cache

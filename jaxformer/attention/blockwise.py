@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxformer.attention.dropout import keep_at
+from jaxformer.attention.dropout import keep_at, words_of
 from jaxformer.attention.mask import Mask
 
 BLOCK_Q, BLOCK_K = 256, 256
@@ -196,7 +196,7 @@ def _dropped(x_GRnm, key, b, i, j, H, S, rate):
     G, R, n, m = x_GRnm.shape
     head_H = b * H + jnp.arange(H)
     place_nm = (i * n + jnp.arange(n))[:, None] * S + (j * m + jnp.arange(m))[None]
-    kept_Hnm = keep_at(key, rate, head_H[:, None, None], place_nm[None])
+    kept_Hnm = keep_at(words_of(key), rate, head_H[:, None, None], place_nm[None])
     return jnp.where(kept_Hnm.reshape(G, R, n, m), x_GRnm / (1 - rate), 0.0)
 
 

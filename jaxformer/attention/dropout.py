@@ -33,12 +33,17 @@ def random_bits(key: Array, shape: tuple[int, ...], sharding=None) -> Array:
     """
     outer = _linear_index(shape, range(len(shape) - 2), sharding)
     inner = _linear_index(shape, range(max(len(shape) - 2, 0), len(shape)), sharding)
-    return _hash(key, outer, inner)
+    return _hash(words_of(key), outer, inner)
 
 
-def _hash(key: Array, outer: Array, inner: Array) -> Array:
+def words_of(key: Array) -> tuple[Array, Array]:
+    """The two uint32 words of a key that decide the bits."""
     words = jax.random.key_data(key).astype(jnp.uint32).reshape(-1)
-    return mix(mix(mix(outer ^ words[0]) ^ words[-1]) ^ inner)
+    return words[0], words[-1]
+
+
+def _hash(words: tuple[Array, Array], outer: Array, inner: Array) -> Array:
+    return mix(mix(mix(outer ^ words[0]) ^ words[1]) ^ inner)
 
 
 def _linear_index(shape: tuple[int, ...], axes: range, sharding) -> Array:
@@ -55,16 +60,16 @@ def keep(key: Array, rate: float, shape: tuple[int, ...], sharding=None) -> Arra
     return random_bits(key, shape, sharding) >= _threshold(rate)
 
 
-def keep_at(key: Array, rate: float, outer: Array, inner: Array) -> Array:
+def keep_at(words: tuple[Array, Array], rate: float, outer: Array, inner: Array) -> Array:
     """What `keep` says at these places of a larger array, given as row-major indices.
 
     Args:
-      key: as in `keep`.
+      words: `words_of` the key.
       rate: as in `keep`.
       outer: index over all axes but the last two; int32, broadcast against `inner`.
       inner: index over the last two axes.
     """
-    bits = _hash(key, outer.astype(jnp.uint32), inner.astype(jnp.uint32))
+    bits = _hash(words, outer.astype(jnp.uint32), inner.astype(jnp.uint32))
     return bits >= _threshold(rate)
 
 

@@ -14,16 +14,21 @@ from jaxformer.attention import Mask, attention
 # Its function has the same name in the package.
 blockwise = importlib.import_module("jaxformer.attention.blockwise")
 
-SERVED = [case for case in CASES if not case.features & REFUSALS["blockwise"]]
+pallas_tpu = importlib.import_module("jaxformer.attention.pallas_tpu")
+BY_BLOCKS = {"blockwise": blockwise, "pallas_tpu": pallas_tpu}
 STATIC = blockwise._Static(causal=True, window=None, rate=0.0)
 
 
 @pytest.mark.parametrize("blocks", [(16, 24), (40, 8)], ids=str)
-@pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
-def test_the_size_of_blocks_decides_nothing(monkeypatch, case, blocks):
-    monkeypatch.setattr(blockwise, "BLOCK_Q", blocks[0])
-    monkeypatch.setattr(blockwise, "BLOCK_K", blocks[1])
-    out, gradients = compute("blockwise", case)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("name", BY_BLOCKS)
+def test_the_size_of_blocks_decides_nothing(monkeypatch, name, case, blocks):
+    if case.features & REFUSALS[name]:
+        pytest.skip("refused: see REFUSALS")
+    monkeypatch.setattr(BY_BLOCKS[name], "BLOCK_Q", blocks[0])
+    monkeypatch.setattr(BY_BLOCKS[name], "BLOCK_K", blocks[1])
+    monkeypatch.setattr(pallas_tpu, "LANES", 8)
+    out, gradients = compute(name, case)
     wanted_out, wanted_gradients = truth(case)
     assert error(out, wanted_out) <= TOLERANCE[case.dtype]
     floor = max(abs(wanted).max() for wanted in wanted_gradients) / 3

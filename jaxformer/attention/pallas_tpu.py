@@ -1,0 +1,410 @@
+"""Flash attention for TPU in Pallas.
+
+Dao et al. (2022), "FlashAttention". Scores are kept transposed, [keys, queries]: the running maximum
+and sum of a query then lie along lanes, so that reducing over keys adds vector registers to each
+other, and spreading a statistic over keys repeats a sublane. The backward pass is one kernel: the
+gradient of the queries of one head stays in VMEM while the blocks of keys go by.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxformer.attention.dropout import keep_at, words_of
+from jaxformer.attention.mask import Mask
+
+BLOCK_Q, BLOCK_K = 512, 512
+LANES = 128
+MASKED = -1e30
+
+
+class _Static(NamedTuple):
+    """All that a kernel is compiled for."""
+
+    causal: bool
+    window: int | None
+    rate: float
+    segments: bool
+    T: int
+    S: int
+    n: int  # queries of a block
+    m: int  # keys of a block
+    interpret: bool
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """I, J: blocks of queries and of keys."""
+        return pl.cdiv(self.T, self.n), pl.cdiv(self.S, self.m)
+
+
+def pallas_tpu(
+    q_BTHK: Array,
+    k_BSGK: Array,
+    v_BSGK: Array,
+    mask: Mask,
+    *,
+    bias: Array | None = None,
+    dropout: tuple[float, Array] | None = None,
+) -> Array:
+    """Attention of any length and head size; on other machines than a TPU it is interpreted."""
+    if bias is not None:
+        raise NotImplementedError("pallas_tpu attention has no bias")
+    T, S = q_BTHK.shape[1], k_BSGK.shape[1]
+    rate, key = dropout if dropout is not None else (0.0, jax.random.key(0))
+    static = _Static(
+        mask.causal,
+        mask.window,
+        rate,
+        mask.q_segments_BT is not None,
+        T,
+        S,
+        min(BLOCK_Q, pl.cdiv(T, LANES) * LANES),
+        min(BLOCK_K, pl.cdiv(S, LANES) * LANES),
+        jax.default_backend() != "tpu",
+    )
+    B = q_BTHK.shape[0]
+    q_segments_BT, kv_segments_BS = mask.q_segments_BT, mask.kv_segments_BS
+    if q_segments_BT is None or kv_segments_BS is None:
+        q_segments_BT, kv_segments_BS = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
+    words = jax.lax.bitcast_convert_type(jnp.stack(words_of(key)), jnp.int32)
+    q_BHTK, k_BGSK, v_BGSK = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
+    scaled = q_BHTK * jnp.asarray(q_BHTK.shape[-1] ** -0.5, q_BHTK.dtype)
+    out_BHTK = _attend(scaled, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, static)
+    return jnp.swapaxes(out_BHTK, 1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, static):
+    return _forward(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, static)[0]
+
+
+def _forward(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, static: _Static):
+    """The output and what the backward pass needs; log-sum-exp float32 [B, H, 1, T]."""
+    B, H, T, K = q_BHTK.shape
+    R = H // k_BGSK.shape[1]
+    n, m, (I, J) = static.n, static.m, static.blocks
+    spans = _spans(q_segments_BT, kv_segments_BS, static)
+
+    def keys(b, h, i, j, first, end, words):
+        low, high = _bounds(b, i, first, end, static)
+        return b, _over(h, R), jnp.clip(j, low, jnp.maximum(high - 1, low)), 0
+
+    def across(b, h, i, j, *scalars):
+        b, g, j, _ = keys(b, h, i, j, *scalars)
+        return b, g, 0, j
+
+    rows = [
+        pl.BlockSpec((None, None, n, K), lambda b, h, i, j, *_: (b, h, i, 0)),
+        pl.BlockSpec((None, None, m, K), keys),
+        pl.BlockSpec((None, None, K, m), across),
+        pl.BlockSpec((None, 1, n), lambda b, h, i, j, *_: (b, 0, i)),
+        pl.BlockSpec((None, m, 1), lambda *a: (a[0], keys(*a)[2], 0)),
+    ]
+    out_BHTK, lse_BH1T = pl.pallas_call(
+        functools.partial(_forward_kernel, static=static, H=H),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(B, H, I, J),
+            in_specs=rows,
+            out_specs=[
+                pl.BlockSpec((None, None, n, K), lambda b, h, i, j, *_: (b, h, i, 0)),
+                pl.BlockSpec((None, None, 1, n), lambda b, h, i, j, *_: (b, h, 0, i)),
+            ],
+            scratch_shapes=[
+                pltpu.VMEM((1, n), jnp.float32),
+                pltpu.VMEM((1, n), jnp.float32),
+                pltpu.VMEM((K, n), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((B, H, I * n, K), v_BGSK.dtype),
+            jax.ShapeDtypeStruct((B, H, 1, I * n), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
+        ),
+        interpret=static.interpret,
+        name="flash_attention",
+    )(
+        *spans,
+        words,
+        _pad(q_BHTK, 2, n),
+        _pad(k_BGSK, 2, m),
+        jnp.swapaxes(_pad(v_BGSK, 2, m), 2, 3),
+        _pad(q_segments_BT, 1, n)[:, None],
+        _pad(kv_segments_BS, 1, m)[..., None],
+    )
+    out_BHTK = out_BHTK[:, :, :T]
+    saved = (q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, out_BHTK, lse_BH1T)
+    return out_BHTK, saved
+
+
+def _forward_kernel(
+    first_BI,
+    end_BI,
+    words,
+    q_nK,
+    k_mK,
+    v_Km,
+    q_segments_1n,
+    kv_segments_m1,
+    out_nK,
+    lse_1n,
+    top_1n,
+    total_1n,
+    out_Kn,
+    *,
+    static,
+    H,
+):
+    b, h, i, j = (pl.program_id(axis) for axis in range(4))
+
+    @pl.when(j == 0)
+    def _():
+        # Against a floor above MASKED, a query with nothing to look at sums to zero.
+        top_1n[...] = jnp.full(top_1n.shape, MASKED / 2, jnp.float32)
+        total_1n[...] = jnp.zeros(total_1n.shape, jnp.float32)
+        out_Kn[...] = jnp.zeros(out_Kn.shape, jnp.float32)
+
+    low, high = _bounds(b, i, first_BI, end_BI, static)
+
+    @pl.when((low <= j) & (j < high))
+    def _():
+        scores_mn = _product(k_mK[...], q_nK[...], 1, 1)
+        scores_mn = _masked(scores_mn, q_segments_1n, kv_segments_m1, i, j, static)
+        before_1n = top_1n[...]
+        now_1n = jnp.maximum(before_1n, scores_mn.max(0, keepdims=True))
+        exp_mn = jnp.exp(scores_mn - now_1n)
+        shrink_1n = jnp.exp(before_1n - now_1n)
+        top_1n[...] = now_1n
+        total_1n[...] = total_1n[...] * shrink_1n + exp_mn.sum(0, keepdims=True)
+        kept_mn = _dropped(exp_mn, words, b * H + h, i, j, static)
+        more_Kn = _product(v_Km[...], kept_mn.astype(v_Km.dtype), 1, 0)
+        out_Kn[...] = out_Kn[...] * shrink_1n + more_Kn
+
+    @pl.when(j == pl.num_programs(3) - 1)
+    def _():
+        whole_1n = jnp.maximum(total_1n[...], 1e-30)
+        out_nK[...] = (out_Kn[...] / whole_1n).T.astype(out_nK.dtype)
+        lse_1n[...] = top_1n[...] + jnp.log(whole_1n)
+
+
+def _backward(static: _Static, saved, out_grad_BHTK):
+    q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, out_BHTK, lse_BH1T = saved
+    B, H, T, K = q_BHTK.shape
+    S, G = k_BGSK.shape[2], k_BGSK.shape[1]
+    R = H // G
+    n, m, (I, J) = static.n, static.m, static.blocks
+    inner_BHT = (out_BHTK.astype(jnp.float32) * out_grad_BHTK.astype(jnp.float32)).sum(-1)
+    spans = _spans(q_segments_BT, kv_segments_BS, static)
+
+    def query(j, i):
+        """The block to hold: before the first that sees these keys, that one already."""
+        return jnp.maximum(i, _over(j * m, n)) if static.causal else i
+
+    q_rows = pl.BlockSpec((None, None, n, K), lambda b, h, j, i, *_: (b, h, query(j, i), 0))
+    k_rows = pl.BlockSpec((None, None, m, K), lambda b, h, j, i, *_: (b, _over(h, R), j, 0))
+    across = pl.BlockSpec((None, None, 1, n), lambda b, h, j, i, *_: (b, h, 0, query(j, i)))
+    q_segments = pl.BlockSpec((None, 1, n), lambda b, h, j, i, *_: (b, 0, query(j, i)))
+    kv_segments = pl.BlockSpec((None, m, 1), lambda b, h, j, i, *_: (b, j, 0))
+    kv_grads = pl.BlockSpec((None, None, m, K), lambda b, h, j, i, *_: (b, h, j, 0))
+    # Written in the pass of the last keys; until then one block is held.
+    q_grads = pl.BlockSpec(
+        (None, None, n, K), lambda b, h, j, i, *_: (b, h, jnp.where(j == J - 1, i, 0), 0)
+    )
+    q_grad, k_grad, v_grad = pl.pallas_call(
+        functools.partial(_backward_kernel, static=static, H=H),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(B, H, J, I),
+            in_specs=[
+                *(q_rows, k_rows, k_rows, q_segments, kv_segments),
+                *(q_rows, across, across),
+            ],
+            out_specs=[q_grads, kv_grads, kv_grads],
+            scratch_shapes=[
+                pltpu.VMEM((I, n, K), jnp.float32),
+                pltpu.VMEM((m, K), jnp.float32),
+                pltpu.VMEM((m, K), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((B, H, I * n, K), q_BHTK.dtype),
+            jax.ShapeDtypeStruct((B, H, J * m, K), jnp.float32 if R > 1 else k_BGSK.dtype),
+            jax.ShapeDtypeStruct((B, H, J * m, K), jnp.float32 if R > 1 else v_BGSK.dtype),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
+        ),
+        interpret=static.interpret,
+        name="flash_attention_backward",
+    )(
+        *spans,
+        words,
+        _pad(q_BHTK, 2, n),
+        _pad(k_BGSK, 2, m),
+        _pad(v_BGSK, 2, m),
+        _pad(q_segments_BT, 1, n)[:, None],
+        _pad(kv_segments_BS, 1, m)[..., None],
+        _pad(out_grad_BHTK.astype(v_BGSK.dtype), 2, n),
+        lse_BH1T,
+        _pad(inner_BHT, 2, n)[:, :, None],
+    )
+    k_grad, v_grad = (
+        g[:, :, :S].reshape(B, G, R, S, K).sum(2).astype(x.dtype)
+        for g, x in ((k_grad, k_BGSK), (v_grad, v_BGSK))
+    )
+    return q_grad[:, :, :T], k_grad, v_grad, None, None, None
+
+
+def _backward_kernel(
+    first_BI,
+    end_BI,
+    words,
+    q_nK,
+    k_mK,
+    v_mK,
+    q_segments_1n,
+    kv_segments_m1,
+    out_grad_nK,
+    lse_1n,
+    inner_1n,
+    q_grad_nK,
+    k_grad_mK,
+    v_grad_mK,
+    q_sum_InK,
+    k_sum_mK,
+    v_sum_mK,
+    *,
+    static,
+    H,
+):
+    b, h, j, i = (pl.program_id(axis) for axis in range(4))
+
+    @pl.when(j == 0)
+    def _():
+        q_sum_InK[i] = jnp.zeros(q_sum_InK.shape[1:], jnp.float32)
+
+    @pl.when(i == 0)
+    def _():
+        k_sum_mK[...] = jnp.zeros(k_sum_mK.shape, jnp.float32)
+        v_sum_mK[...] = jnp.zeros(v_sum_mK.shape, jnp.float32)
+
+    low, high = _bounds(b, i, first_BI, end_BI, static)
+
+    @pl.when((low <= j) & (j < high))
+    def _():
+        scores_mn = _product(k_mK[...], q_nK[...], 1, 1)
+        scores_mn = _masked(scores_mn, q_segments_1n, kv_segments_m1, i, j, static)
+        weights_mn = jnp.exp(scores_mn - lse_1n[...])
+        kept_mn = _dropped(weights_mn, words, b * H + h, i, j, static)
+        v_sum_mK[...] += _product(kept_mn.astype(v_mK.dtype), out_grad_nK[...], 1, 0)
+        weight_grad_mn = _product(v_mK[...], out_grad_nK[...], 1, 1)
+        weight_grad_mn = _dropped(weight_grad_mn, words, b * H + h, i, j, static)
+        score_grad_mn = weights_mn * (weight_grad_mn - inner_1n[...])
+        score_grad_mn = score_grad_mn.astype(q_nK.dtype)
+        k_sum_mK[...] += _product(score_grad_mn, q_nK[...], 1, 0)
+        q_sum_InK[i] += _product(score_grad_mn, k_mK[...], 0, 0)
+
+    @pl.when(i == pl.num_programs(3) - 1)
+    def _():
+        k_grad_mK[...] = k_sum_mK[...].astype(k_grad_mK.dtype)
+        v_grad_mK[...] = v_sum_mK[...].astype(v_grad_mK.dtype)
+
+    @pl.when(j == pl.num_programs(2) - 1)
+    def _():
+        q_grad_nK[...] = q_sum_InK[i].astype(q_grad_nK.dtype)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _product(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
+    """The product of two matrices over an axis of each, in float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dimensions = (((a_axis,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(
+        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _places(i, j, static: _Static) -> tuple[Array, Array]:
+    """int32 [m, n]: the query and the key of each score of a block."""
+    shape = (static.m, static.n)
+    query_mn = i * static.n + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    key_mn = j * static.m + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    return query_mn, key_mn
+
+
+def _masked(scores_mn, q_segments_1n, kv_segments_m1, i, j, static: _Static) -> Array:
+    query_mn, key_mn = _places(i, j, static)
+    rules = []
+    if static.segments:
+        q_1n = q_segments_1n[...]
+        rules.append((kv_segments_m1[...] == q_1n) & (q_1n != 0))
+    elif static.S % static.m:
+        rules.append(key_mn < static.S)
+    if static.causal:
+        rules.append(query_mn >= key_mn)
+    if static.window is not None:
+        rules.append(abs(query_mn - key_mn) < static.window)
+    if not rules:
+        return scores_mn
+    return jnp.where(functools.reduce(jnp.logical_and, rules), scores_mn, MASKED)
+
+
+def _dropped(x_mn, words, outer, i, j, static: _Static) -> Array:
+    """Dropout with the bits that the whole picture [B, H, T, S] would have in this block."""
+    if not static.rate:
+        return x_mn
+    query_mn, key_mn = _places(i, j, static)
+    key_words = tuple(jax.lax.bitcast_convert_type(words[w], jnp.uint32) for w in range(2))
+    kept_mn = keep_at(key_words, static.rate, outer, query_mn * static.S + key_mn)
+    return jnp.where(kept_mn, x_mn / (1 - static.rate), 0.0)
+
+
+def _bounds(b, i, first_BI, end_BI, static: _Static):
+    """The first block of keys that block i of the queries may see, and the one after the last."""
+    n, m, (_, J) = static.n, static.m, static.blocks
+    low, high = 0, J
+    if static.causal:
+        high = jnp.minimum(high, _over(i * n + n - 1, m) + 1)
+    if static.window is not None:
+        low = _over(jnp.maximum(i * n - static.window + 1, 0), m)
+        high = jnp.minimum(high, _over(i * n + n + static.window - 2, m) + 1)
+    if static.segments:
+        low, high = jnp.maximum(low, first_BI[b, i]), jnp.minimum(high, end_BI[b, i])
+    return low, high
+
+
+def _over(position, block: int):
+    """The block of a position; `//` would also ask for signs, which Mosaic cannot do everywhere."""
+    return jax.lax.div(position, jnp.int32(block))
+
+
+def _spans(q_segments_BT, kv_segments_BS, static: _Static) -> tuple[Array, Array]:
+    """int32 [B, I]: what the segments alone leave of the blocks of keys; first, and after last."""
+    _, J = static.blocks
+    q_BIn = _pad(q_segments_BT, 1, static.n).reshape(q_segments_BT.shape[0], -1, static.n)
+    kv_BJm = _pad(kv_segments_BS, 1, static.m).reshape(kv_segments_BS.shape[0], -1, static.m)
+    highest = jnp.iinfo(jnp.int32).max
+    low_BI, low_BJ = (jnp.where(s > 0, s, highest).min(-1) for s in (q_BIn, kv_BJm))
+    seen_BIJ = (low_BI[..., None] <= kv_BJm.max(-1)[:, None]) & (
+        low_BJ[:, None] <= q_BIn.max(-1)[..., None]
+    )
+    blocks_11J = jnp.arange(J, dtype=jnp.int32)[None, None]
+    first_BI = jnp.where(seen_BIJ, blocks_11J, J).min(-1)
+    return first_BI, jnp.where(seen_BIJ, blocks_11J + 1, 0).max(-1)
+
+
+def _pad(x: Array, axis: int, block: int) -> Array:
+    short = -x.shape[axis] % block
+    widths = [(0, short if a == axis else 0) for a in range(x.ndim)]
+    return jnp.pad(x, widths) if short else x
