@@ -49,7 +49,7 @@ def attention(
       bias: added to the scaled scores, [B or 1, H, T, S].
       dropout: (rate, key) of the dropout on the weights, or None.
       implementation: a name in `IMPLEMENTATIONS`; None takes the first that can serve, and
-        `blockwise` only from `SHORT` on.
+        implementations in blocks only from `SHORT` on and on a single device.
 
     Returns:
       [B, T, H, K] in the type of v; zeros (and zero gradients) for a query that may see nothing.
@@ -82,7 +82,8 @@ def attention(
 
 def _order(T: int, S: int) -> tuple[str, ...]:
     left_out = {"pallas_tpu"} if jax.default_backend() != "tpu" else set()
-    if T * S < SHORT:
+    # The blocks of one device are not yet told where they are in the arrays of many.
+    if T * S < SHORT or jax.sharding.get_abstract_mesh().size > 1:
         left_out |= {"pallas_tpu", "blockwise"}
     return tuple(name for name in IMPLEMENTATIONS if name not in left_out)
 

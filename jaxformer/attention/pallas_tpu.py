@@ -1,15 +1,15 @@
 """Flash attention for TPU in Pallas.
 
-Dao et al. (2022), "FlashAttention". Scores are kept transposed, [keys, queries]: the running maximum
-and sum of a query then lie along lanes, so that reducing over keys adds vector registers to each
-other, and spreading a statistic over keys repeats a sublane. The backward pass is one kernel: the
-gradient of the queries of one head stays in VMEM while the blocks of keys go by.
+Dao et al. (2022), "FlashAttention". Scores are kept transposed, [keys, queries]: the running
+maximum and sum of a query then lie along lanes, so that reducing over keys adds vector registers to
+each other, and spreading a statistic over keys repeats a sublane. The backward pass is one kernel:
+the gradient of the queries of one head stays in VMEM while the blocks of keys go by.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ BLOCK_Q, BLOCK_K = 512, 512
 LANES = 128
 MASKED = -1e30
 
+INTERPRET: Any = True
+"""How the kernels run where there is no TPU; `pltpu.InterpretParams` looks for races."""
+
 
 class _Static(NamedTuple):
     """All that a kernel is compiled for."""
@@ -36,7 +39,7 @@ class _Static(NamedTuple):
     S: int
     n: int  # queries of a block
     m: int  # keys of a block
-    interpret: bool
+    interpret: Any
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -67,7 +70,7 @@ def pallas_tpu(
         S,
         min(BLOCK_Q, pl.cdiv(T, LANES) * LANES),
         min(BLOCK_K, pl.cdiv(S, LANES) * LANES),
-        jax.default_backend() != "tpu",
+        jax.default_backend() != "tpu" and INTERPRET,
     )
     B = q_BTHK.shape[0]
     q_segments_BT, kv_segments_BS = mask.q_segments_BT, mask.kv_segments_BS
@@ -93,8 +96,10 @@ def _forward(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, stati
     spans = _spans(q_segments_BT, kv_segments_BS, static)
 
     def keys(b, h, i, j, first, end, words):
+        """The block to hold; blocks that are not computed are not fetched either."""
         low, high = _bounds(b, i, first, end, static)
-        return b, _over(h, R), jnp.clip(j, low, jnp.maximum(high - 1, low)), 0
+        held = jnp.minimum(jnp.maximum(j, low), jnp.maximum(high - 1, 0))
+        return b, _over(h, R), held, 0
 
     def across(b, h, i, j, *scalars):
         b, g, j, _ = keys(b, h, i, j, *scalars)
@@ -207,7 +212,7 @@ def _backward(static: _Static, saved, out_grad_BHTK):
 
     def query(j, i):
         """The block to hold: before the first that sees these keys, that one already."""
-        return jnp.maximum(i, _over(j * m, n)) if static.causal else i
+        return jnp.minimum(jnp.maximum(i, _over(j * m, n)), I - 1) if static.causal else i
 
     q_rows = pl.BlockSpec((None, None, n, K), lambda b, h, j, i, *_: (b, h, query(j, i), 0))
     k_rows = pl.BlockSpec((None, None, m, K), lambda b, h, j, i, *_: (b, _over(h, R), j, 0))

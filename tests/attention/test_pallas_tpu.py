@@ -1,0 +1,60 @@
+"""The TPU kernels in an interpreter that looks for races and for what was never written."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import CASES, TOLERANCE, compute, error, truth
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+
+import jaxformer.attention as module
+from jaxformer.attention import Mask, attention
+
+pallas_tpu = importlib.import_module("jaxformer.attention.pallas_tpu")
+NAMES = ("packed, causal, odd", "cross, long queries", "dropout, packed, causal")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in NAMES], ids=lambda c: c.name)
+def test_no_race_and_nothing_left_unwritten(monkeypatch, case):
+    strict = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    monkeypatch.setattr(pallas_tpu, "INTERPRET", strict)
+    monkeypatch.setattr(pallas_tpu, "BLOCK_Q", 32)
+    monkeypatch.setattr(pallas_tpu, "BLOCK_K", 32)
+    monkeypatch.setattr(pallas_tpu, "LANES", 32)
+    out, gradients = compute("pallas_tpu", case)
+    wanted_out, wanted_gradients = truth(case)
+    assert error(out, wanted_out) <= TOLERANCE[case.dtype]
+    for got, wanted in zip(gradients, wanted_gradients, strict=True):
+        assert error(got, wanted) <= 2 * TOLERANCE[case.dtype]
+
+    assert not interpret_pallas_call.races.races_found
+
+
+def test_it_is_chosen_on_a_tpu_only_and_for_long_rows(monkeypatch):
+    assert module._order(2048, 2048) == ("blockwise", "dense", "reference")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert module._order(2048, 2048)[0] == "pallas_tpu"
+    assert module._order(30, 30) == ("dense", "reference")
+    with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+        assert module._order(2048, 2048) == ("dense", "reference")
+
+
+def test_log_sum_exp_is_that_of_the_scores():
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.standard_normal((1, 2, 5, 8)), jnp.float32) for _ in range(2))
+    ids = jnp.ones((1, 5), jnp.int32)
+    static = pallas_tpu._Static(True, None, 0.0, False, 5, 5, 128, 128, True)
+    _, saved = pallas_tpu._forward(q, k, k, ids, ids, jnp.zeros(2, jnp.int32), static)
+    scores = np.einsum("bhtk,bhsk->bhts", q, k) + np.where(np.tri(5), 0, -np.inf)
+    wanted = np.log(np.exp(scores).sum(-1))
+    np.testing.assert_allclose(saved[-1][:, :, 0, :5], wanted, rtol=1e-5)
+
+
+def test_a_row_of_zeros_comes_from_segments_without_keys():
+    x = jnp.ones((1, 4, 1, 8))
+    mask = Mask(jnp.asarray([[1, 1, 2, 0]]), jnp.asarray([[1, 1, 1, 1]]))
+    out = attention(x, x, x, mask, implementation="pallas_tpu")
+    assert out[0, :, 0, 0].tolist() == [1.0, 1.0, 0.0, 0.0]
