@@ -9,7 +9,7 @@ the gradient of the queries of one head stays in VMEM while the blocks of keys g
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,34 +17,24 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxformer.attention.dropout import keep_at, words_of
+from jaxformer.attention.dropout import words_of
 from jaxformer.attention.mask import Mask
+from jaxformer.attention.tpu_blocks import (
+    MASKED,
+    Static,
+    bounds,
+    dropped,
+    masked,
+    over,
+    pad,
+    product,
+    spans,
+)
 
 BLOCK_Q, BLOCK_K = 512, 512
 LANES = 128
-MASKED = -1e30
-
 INTERPRET: Any = True
 """How the kernels run where there is no TPU; `pltpu.InterpretParams` looks for races."""
-
-
-class _Static(NamedTuple):
-    """All that a kernel is compiled for."""
-
-    causal: bool
-    window: int | None
-    rate: float
-    segments: bool
-    T: int
-    S: int
-    n: int  # queries of a block
-    m: int  # keys of a block
-    interpret: Any
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """I, J: blocks of queries and of keys."""
-        return pl.cdiv(self.T, self.n), pl.cdiv(self.S, self.m)
 
 
 def pallas_tpu(
@@ -61,7 +51,7 @@ def pallas_tpu(
         raise NotImplementedError("pallas_tpu attention has no bias")
     T, S = q_BTHK.shape[1], k_BSGK.shape[1]
     rate, key = dropout if dropout is not None else (0.0, jax.random.key(0))
-    static = _Static(
+    static = Static(
         mask.causal,
         mask.window,
         rate,
@@ -88,18 +78,18 @@ def _attend(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, static
     return _forward(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, static)[0]
 
 
-def _forward(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, static: _Static):
+def _forward(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, static: Static):
     """The output and what the backward pass needs; log-sum-exp float32 [B, H, 1, T]."""
     B, H, T, K = q_BHTK.shape
     R = H // k_BGSK.shape[1]
     n, m, (I, J) = static.n, static.m, static.blocks
-    spans = _spans(q_segments_BT, kv_segments_BS, static)
+    segment_spans = spans(q_segments_BT, kv_segments_BS, static)
 
     def keys(b, h, i, j, first, end, words):
         """The block to hold; blocks that are not computed are not fetched either."""
-        low, high = _bounds(b, i, first, end, static)
+        low, high = bounds(b, i, first, end, static)
         held = jnp.minimum(jnp.maximum(j, low), jnp.maximum(high - 1, 0))
-        return b, _over(h, R), held, 0
+        return b, over(h, R), held, 0
 
     def across(b, h, i, j, *scalars):
         b, g, j, _ = keys(b, h, i, j, *scalars)
@@ -138,13 +128,13 @@ def _forward(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, stati
         interpret=static.interpret,
         name="flash_attention",
     )(
-        *spans,
+        *segment_spans,
         words,
-        _pad(q_BHTK, 2, n),
-        _pad(k_BGSK, 2, m),
-        jnp.swapaxes(_pad(v_BGSK, 2, m), 2, 3),
-        _pad(q_segments_BT, 1, n)[:, None],
-        _pad(kv_segments_BS, 1, m)[..., None],
+        pad(q_BHTK, 2, n),
+        pad(k_BGSK, 2, m),
+        jnp.swapaxes(pad(v_BGSK, 2, m), 2, 3),
+        pad(q_segments_BT, 1, n)[:, None],
+        pad(kv_segments_BS, 1, m)[..., None],
     )
     out_BHTK = out_BHTK[:, :, :T]
     saved = (q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, out_BHTK, lse_BH1T)
@@ -178,20 +168,20 @@ def _forward_kernel(
         total_1n[...] = jnp.zeros(total_1n.shape, jnp.float32)
         out_Kn[...] = jnp.zeros(out_Kn.shape, jnp.float32)
 
-    low, high = _bounds(b, i, first_BI, end_BI, static)
+    low, high = bounds(b, i, first_BI, end_BI, static)
 
     @pl.when((low <= j) & (j < high))
     def _():
-        scores_mn = _product(k_mK[...], q_nK[...], 1, 1)
-        scores_mn = _masked(scores_mn, q_segments_1n, kv_segments_m1, i, j, static)
+        scores_mn = product(k_mK[...], q_nK[...], 1, 1)
+        scores_mn = masked(scores_mn, q_segments_1n, kv_segments_m1, i, j, static)
         before_1n = top_1n[...]
         now_1n = jnp.maximum(before_1n, scores_mn.max(0, keepdims=True))
         exp_mn = jnp.exp(scores_mn - now_1n)
         shrink_1n = jnp.exp(before_1n - now_1n)
         top_1n[...] = now_1n
         total_1n[...] = total_1n[...] * shrink_1n + exp_mn.sum(0, keepdims=True)
-        kept_mn = _dropped(exp_mn, words, b * H + h, i, j, static)
-        more_Kn = _product(v_Km[...], kept_mn.astype(v_Km.dtype), 1, 0)
+        kept_mn = dropped(exp_mn, words, b * H + h, i, j, static)
+        more_Kn = product(v_Km[...], kept_mn.astype(v_Km.dtype), 1, 0)
         out_Kn[...] = out_Kn[...] * shrink_1n + more_Kn
 
     @pl.when(j == pl.num_programs(3) - 1)
@@ -201,21 +191,21 @@ def _forward_kernel(
         lse_1n[...] = top_1n[...] + jnp.log(whole_1n)
 
 
-def _backward(static: _Static, saved, out_grad_BHTK):
+def _backward(static: Static, saved, out_grad_BHTK):
     q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, out_BHTK, lse_BH1T = saved
     B, H, T, K = q_BHTK.shape
     S, G = k_BGSK.shape[2], k_BGSK.shape[1]
     R = H // G
     n, m, (I, J) = static.n, static.m, static.blocks
     inner_BHT = (out_BHTK.astype(jnp.float32) * out_grad_BHTK.astype(jnp.float32)).sum(-1)
-    spans = _spans(q_segments_BT, kv_segments_BS, static)
+    segment_spans = spans(q_segments_BT, kv_segments_BS, static)
 
     def query(j, i):
         """The block to hold: before the first that sees these keys, that one already."""
-        return jnp.minimum(jnp.maximum(i, _over(j * m, n)), I - 1) if static.causal else i
+        return jnp.minimum(jnp.maximum(i, over(j * m, n)), I - 1) if static.causal else i
 
     q_rows = pl.BlockSpec((None, None, n, K), lambda b, h, j, i, *_: (b, h, query(j, i), 0))
-    k_rows = pl.BlockSpec((None, None, m, K), lambda b, h, j, i, *_: (b, _over(h, R), j, 0))
+    k_rows = pl.BlockSpec((None, None, m, K), lambda b, h, j, i, *_: (b, over(h, R), j, 0))
     across = pl.BlockSpec((None, None, 1, n), lambda b, h, j, i, *_: (b, h, 0, query(j, i)))
     q_segments = pl.BlockSpec((None, 1, n), lambda b, h, j, i, *_: (b, 0, query(j, i)))
     kv_segments = pl.BlockSpec((None, m, 1), lambda b, h, j, i, *_: (b, j, 0))
@@ -251,16 +241,16 @@ def _backward(static: _Static, saved, out_grad_BHTK):
         interpret=static.interpret,
         name="flash_attention_backward",
     )(
-        *spans,
+        *segment_spans,
         words,
-        _pad(q_BHTK, 2, n),
-        _pad(k_BGSK, 2, m),
-        _pad(v_BGSK, 2, m),
-        _pad(q_segments_BT, 1, n)[:, None],
-        _pad(kv_segments_BS, 1, m)[..., None],
-        _pad(out_grad_BHTK.astype(v_BGSK.dtype), 2, n),
+        pad(q_BHTK, 2, n),
+        pad(k_BGSK, 2, m),
+        pad(v_BGSK, 2, m),
+        pad(q_segments_BT, 1, n)[:, None],
+        pad(kv_segments_BS, 1, m)[..., None],
+        pad(out_grad_BHTK.astype(v_BGSK.dtype), 2, n),
         lse_BH1T,
-        _pad(inner_BHT, 2, n)[:, :, None],
+        pad(inner_BHT, 2, n)[:, :, None],
     )
     k_grad, v_grad = (
         g[:, :, :S].reshape(B, G, R, S, K).sum(2).astype(x.dtype)
@@ -302,21 +292,21 @@ def _backward_kernel(
         k_sum_mK[...] = jnp.zeros(k_sum_mK.shape, jnp.float32)
         v_sum_mK[...] = jnp.zeros(v_sum_mK.shape, jnp.float32)
 
-    low, high = _bounds(b, i, first_BI, end_BI, static)
+    low, high = bounds(b, i, first_BI, end_BI, static)
 
     @pl.when((low <= j) & (j < high))
     def _():
-        scores_mn = _product(k_mK[...], q_nK[...], 1, 1)
-        scores_mn = _masked(scores_mn, q_segments_1n, kv_segments_m1, i, j, static)
+        scores_mn = product(k_mK[...], q_nK[...], 1, 1)
+        scores_mn = masked(scores_mn, q_segments_1n, kv_segments_m1, i, j, static)
         weights_mn = jnp.exp(scores_mn - lse_1n[...])
-        kept_mn = _dropped(weights_mn, words, b * H + h, i, j, static)
-        v_sum_mK[...] += _product(kept_mn.astype(v_mK.dtype), out_grad_nK[...], 1, 0)
-        weight_grad_mn = _product(v_mK[...], out_grad_nK[...], 1, 1)
-        weight_grad_mn = _dropped(weight_grad_mn, words, b * H + h, i, j, static)
+        kept_mn = dropped(weights_mn, words, b * H + h, i, j, static)
+        v_sum_mK[...] += product(kept_mn.astype(v_mK.dtype), out_grad_nK[...], 1, 0)
+        weight_grad_mn = product(v_mK[...], out_grad_nK[...], 1, 1)
+        weight_grad_mn = dropped(weight_grad_mn, words, b * H + h, i, j, static)
         score_grad_mn = weights_mn * (weight_grad_mn - inner_1n[...])
         score_grad_mn = score_grad_mn.astype(q_nK.dtype)
-        k_sum_mK[...] += _product(score_grad_mn, q_nK[...], 1, 0)
-        q_sum_InK[i] += _product(score_grad_mn, k_mK[...], 0, 0)
+        k_sum_mK[...] += product(score_grad_mn, q_nK[...], 1, 0)
+        q_sum_InK[i] += product(score_grad_mn, k_mK[...], 0, 0)
 
     @pl.when(i == pl.num_programs(3) - 1)
     def _():
@@ -329,87 +319,3 @@ def _backward_kernel(
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _product(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    """The product of two matrices over an axis of each, in float32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dimensions = (((a_axis,), (b_axis,)), ((), ()))
-    return jax.lax.dot_general(
-        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
-    )
-
-
-def _places(i, j, static: _Static) -> tuple[Array, Array]:
-    """int32 [m, n]: the query and the key of each score of a block."""
-    shape = (static.m, static.n)
-    query_mn = i * static.n + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    key_mn = j * static.m + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    return query_mn, key_mn
-
-
-def _masked(scores_mn, q_segments_1n, kv_segments_m1, i, j, static: _Static) -> Array:
-    query_mn, key_mn = _places(i, j, static)
-    rules = []
-    if static.segments:
-        q_1n = q_segments_1n[...]
-        rules.append((kv_segments_m1[...] == q_1n) & (q_1n != 0))
-    elif static.S % static.m:
-        rules.append(key_mn < static.S)
-    if static.causal:
-        rules.append(query_mn >= key_mn)
-    if static.window is not None:
-        rules.append(abs(query_mn - key_mn) < static.window)
-    if not rules:
-        return scores_mn
-    return jnp.where(functools.reduce(jnp.logical_and, rules), scores_mn, MASKED)
-
-
-def _dropped(x_mn, words, outer, i, j, static: _Static) -> Array:
-    """Dropout with the bits that the whole picture [B, H, T, S] would have in this block."""
-    if not static.rate:
-        return x_mn
-    query_mn, key_mn = _places(i, j, static)
-    key_words = tuple(jax.lax.bitcast_convert_type(words[w], jnp.uint32) for w in range(2))
-    kept_mn = keep_at(key_words, static.rate, outer, query_mn * static.S + key_mn)
-    return jnp.where(kept_mn, x_mn / (1 - static.rate), 0.0)
-
-
-def _bounds(b, i, first_BI, end_BI, static: _Static):
-    """The first block of keys that block i of the queries may see, and the one after the last."""
-    n, m, (_, J) = static.n, static.m, static.blocks
-    low, high = 0, J
-    if static.causal:
-        high = jnp.minimum(high, _over(i * n + n - 1, m) + 1)
-    if static.window is not None:
-        low = _over(jnp.maximum(i * n - static.window + 1, 0), m)
-        high = jnp.minimum(high, _over(i * n + n + static.window - 2, m) + 1)
-    if static.segments:
-        low, high = jnp.maximum(low, first_BI[b, i]), jnp.minimum(high, end_BI[b, i])
-    return low, high
-
-
-def _over(position, block: int):
-    """The block of a position; `//` would also ask for signs, which Mosaic cannot do everywhere."""
-    return jax.lax.div(position, jnp.int32(block))
-
-
-def _spans(q_segments_BT, kv_segments_BS, static: _Static) -> tuple[Array, Array]:
-    """int32 [B, I]: what the segments alone leave of the blocks of keys; first, and after last."""
-    _, J = static.blocks
-    q_BIn = _pad(q_segments_BT, 1, static.n).reshape(q_segments_BT.shape[0], -1, static.n)
-    kv_BJm = _pad(kv_segments_BS, 1, static.m).reshape(kv_segments_BS.shape[0], -1, static.m)
-    highest = jnp.iinfo(jnp.int32).max
-    low_BI, low_BJ = (jnp.where(s > 0, s, highest).min(-1) for s in (q_BIn, kv_BJm))
-    seen_BIJ = (low_BI[..., None] <= kv_BJm.max(-1)[:, None]) & (
-        low_BJ[:, None] <= q_BIn.max(-1)[..., None]
-    )
-    blocks_11J = jnp.arange(J, dtype=jnp.int32)[None, None]
-    first_BI = jnp.where(seen_BIJ, blocks_11J, J).min(-1)
-    return first_BI, jnp.where(seen_BIJ, blocks_11J + 1, 0).max(-1)
-
-
-def _pad(x: Array, axis: int, block: int) -> Array:
-    short = -x.shape[axis] % block
-    widths = [(0, short if a == axis else 0) for a in range(x.ndim)]
-    return jnp.pad(x, widths) if short else x

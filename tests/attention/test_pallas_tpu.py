@@ -46,7 +46,7 @@ def test_log_sum_exp_is_that_of_the_scores():
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.standard_normal((1, 2, 5, 8)), jnp.float32) for _ in range(2))
     ids = jnp.ones((1, 5), jnp.int32)
-    static = pallas_tpu._Static(True, None, 0.0, False, 5, 5, 128, 128, True)
+    static = pallas_tpu.Static(True, None, 0.0, False, 5, 5, 128, 128, True)
     _, saved = pallas_tpu._forward(q, k, k, ids, ids, jnp.zeros(2, jnp.int32), static)
     scores = np.einsum("bhtk,bhsk->bhts", q, k) + np.where(np.tri(5), 0, -np.inf)
     wanted = np.log(np.exp(scores).sum(-1))
