@@ -42,5 +42,5 @@ def get_config(preset: str = "laptop") -> ml_collections.ConfigDict:
         weight_decay=0.01,
         clip_norm=1.0,
     )
-    c.train.update(steps=chosen["steps"], eval_every=500, checkpoint_every=500)
+    c.train.update(steps=chosen["steps"], eval_every=500, checkpoint_every=100)
     return c
