@@ -19,7 +19,8 @@ import matplotlib.pyplot as plt
 
 from jaxformer import Translator, report
 from jaxformer.attention import Mask, attention
-from jaxformer.attention.reference import weights_BGRTS
+from jaxformer.attention.extras import Extras
+from jaxformer.attention.reference import scores_BHTS, softmax
 from jaxformer.data.tokenizer import BOS, EOS
 from jaxformer.errors import plainly_said
 from jaxformer.metrics import read_log
@@ -33,10 +34,8 @@ def cross_attention_LTS(
     seen: list[np.ndarray] = []
 
     def watched(q_BTHK, k_BSGK, v_BSGK, mask: Mask, **options):
-        B, T, H, K = q_BTHK.shape
-        G = k_BSGK.shape[2]
-        weights = weights_BGRTS(q_BTHK.reshape(B, T, G, H // G, K), k_BSGK, mask, None)
-        seen.append(np.asarray(weights[0].mean((0, 1))))
+        weights_BHTS, _ = softmax(scores_BHTS(q_BTHK, k_BSGK, Extras()), mask, Extras())
+        seen.append(np.asarray(weights_BHTS[0].mean(0)))
         return attention(q_BTHK, k_BSGK, v_BSGK, mask, **options)
 
     def rows(ids: list[int]) -> dict[str, jax.Array]:

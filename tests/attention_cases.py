@@ -12,12 +12,12 @@ import reference
 from jaxformer.attention import Mask, attention
 from jaxformer.attention.dropout import keep
 
-# Features of a call: "bias", "dropout", "window", "causal", "segments", "grouped", "cross" (T is
-# not S), the type ("float32", "bfloat16") and the backend ("cpu", "gpu", "tpu").
+# Features of a call: "bias", "alibi", "soft cap", "dropout", "window", "causal", "segments",
+# "grouped", "cross" (T is not S), the type and the backend ("cpu", "gpu", "tpu").
 REFUSALS: dict[str, set[str]] = {
-    "pallas_tpu": {"bias"},
-    "blockwise": {"bias"},
-    "dense": {"bias", "grouped"},
+    "pallas_tpu": {"bias", "alibi", "soft cap"},
+    "blockwise": set(),
+    "dense": {"bias", "alibi", "soft cap", "grouped"},
     "reference": set(),
 }
 
@@ -40,6 +40,9 @@ class Case:
     window: int | None = None
     segments: int = 0  # sentences packed in each row; the rest is padding
     bias: int = 0  # rows of the bias: 0 (none), 1 or B
+    alibi: bool = False
+    soft_cap: float | None = None
+    lse: bool = False  # the log-sum-exp has a gradient too
     dropout: float = 0.0
     dtype: str = "float32"
 
@@ -47,6 +50,8 @@ class Case:
     def features(self) -> set[str]:
         present = {
             "bias": self.bias,
+            "alibi": self.alibi,
+            "soft cap": self.soft_cap,
             "dropout": self.dropout,
             "window": self.window,
             "causal": self.causal,
@@ -74,12 +79,31 @@ CASES = [
     Case("one head of keys", T=15, S=31, H=4, G=1, segments=2),
     Case("bias of all rows", T=16, S=16, bias=1),
     Case("bias of each row", T=9, S=17, bias=2, segments=2),
+    Case("bias, grouped, packed", T=33, S=33, H=4, G=2, bias=1, segments=3, causal=True),
+    Case("alibi", T=33, S=33, alibi=True),
+    Case("alibi, grouped, packed", T=33, S=33, H=4, G=2, alibi=True, causal=True, segments=3),
+    Case("soft cap", T=33, S=33, soft_cap=2.0, K=64),
+    Case("soft cap, cross, packed", T=17, S=40, soft_cap=1.5, segments=2),
+    Case("log-sum-exp", T=33, S=20, lse=True, segments=2),
+    Case("log-sum-exp, causal", T=33, S=33, lse=True, causal=True, dropout=0.2),
     Case("window", T=33, S=33, window=5),
     Case("window, causal", T=33, S=33, window=4, causal=True),
     Case("dropout", T=33, S=33, dropout=0.3),
     Case("dropout, packed, causal", T=65, S=65, dropout=0.1, segments=3, causal=True),
     Case(
-        "everything", T=31, S=31, H=4, G=2, causal=True, window=9, segments=3, bias=2, dropout=0.2
+        "everything",
+        T=31,
+        S=31,
+        H=4,
+        G=2,
+        causal=True,
+        window=9,
+        segments=3,
+        bias=2,
+        alibi=True,
+        soft_cap=3.0,
+        lse=True,
+        dropout=0.2,
     ),
     Case("bfloat16", T=64, S=64, segments=2, causal=True, K=64, dtype="bfloat16"),
     Case("bfloat16, cross, dropout", T=17, S=33, dropout=0.1, dtype="bfloat16"),
@@ -101,6 +125,18 @@ def inputs(case: Case):
     return arrays, bias, Mask(q_segments, kv_segments, causal=case.causal, window=case.window)
 
 
+def slopes(case: Case):
+    """Slopes of ALiBi, a different one for each head; None without."""
+    return np.float32(0.5) ** np.arange(1, case.H + 1, dtype=np.float32) if case.alibi else None
+
+
+@functools.cache
+def lse_gradient(case: Case):
+    """The gradient of the log-sum-exp, [B, H, T]."""
+    rng = np.random.default_rng(len(case.name))
+    return rng.standard_normal((case.B, case.H, case.T)).astype(np.float32) * case.lse
+
+
 def segments(rng, B, length, count):
     """Ids 1..count in runs of random lengths, then padding."""
     rows = np.zeros((B, length), np.int32)
@@ -113,46 +149,74 @@ def segments(rng, B, length, count):
 
 @functools.cache
 def truth(case: Case):
-    """Output and gradients for (q, k, v, bias), in float64 by the formula."""
+    """Output, log-sum-exp, and gradients for (q, k, v, bias), in float64 by the formula."""
     (q, k, v, out_grad), bias, mask = inputs(case)
     q, k, v, out_grad = (np.asarray(x, np.float64) for x in (q, k, v, out_grad))
     factors = np.ones((case.B, case.H, case.T, case.S))
     if case.dropout:
         factors = np.asarray(keep(KEY, case.dropout, factors.shape)) / (1 - case.dropout)
     bias_grad = np.zeros((case.bias, case.H, case.T, case.S))
-    out, grads = [], []
+    more = {"slopes_H": slopes(case), "cap": case.soft_cap}
+    outs, lses, grads = [], [], []
     for b in range(case.B):
         ids = (None, None)
         if mask.q_segments_BT is not None:
             ids = (np.asarray(mask.q_segments_BT[b]), np.asarray(mask.kv_segments_BS[b]))
         allowed = reference.allowed_pairs(case.T, case.S, *ids, case.causal, case.window)
         added = None if bias is None else np.asarray(bias, np.float64)[b % case.bias]
-        out.append(reference.attention(q[b], k[b], v[b], allowed, added, factors[b]))
+        call = (q[b], k[b], v[b], allowed)
+        out, lse = reference.attention_with_lse(*call, added, factors[b], **more)
+        outs.append(out)
+        lses.append(lse)
         *qkv, row_bias_grad = reference.attention_gradients(
-            q[b], k[b], v[b], allowed, out_grad[b], added, factors[b]
+            *call, out_grad[b], added, factors[b], **more, lse_HT=lse_gradient(case)[b]
         )
         grads.append(qkv)
         if case.bias:
             bias_grad[b % case.bias] += row_bias_grad
     gradients = [np.stack([row[i] for row in grads]) for i in range(3)]
-    return np.stack(out), gradients + ([bias_grad] if case.bias else [])
+    return np.stack(outs), np.stack(lses), gradients + ([bias_grad] if case.bias else [])
 
 
 def compute(name: str, case: Case):
-    """Output and gradients for (q, k, v[, bias]) of the named implementation."""
+    """Output, log-sum-exp and gradients for (q, k, v[, bias]) of the named implementation."""
     (q, k, v, out_grad), bias, mask = inputs(case)
-    drop = (case.dropout, KEY) if case.dropout else None
-
-    def call(q, k, v, *bias):
-        added = bias[0] if bias else None
-        return attention(q, k, v, mask, bias=added, dropout=drop, implementation=name)
+    options = {
+        "alibi": None if slopes(case) is None else jnp.asarray(slopes(case)),
+        "soft_cap": case.soft_cap,
+        "dropout": (case.dropout, KEY) if case.dropout else None,
+        "implementation": name,
+        "return_lse": True,
+    }
 
     @jax.jit
-    def run(out_grad, *primals):
-        out, pull = jax.vjp(call, *primals)
-        return out, pull(out_grad)
+    def run(gradients, *primals):
+        def call(q, k, v, bias=None):
+            return attention(q, k, v, mask, bias=bias, **options)
 
-    return run(out_grad, q, k, v, *([] if bias is None else [bias]))
+        (out, lse), pull = jax.vjp(call, *primals)
+        return out, lse, pull(gradients)
+
+    primals = (q, k, v) if bias is None else (q, k, v, bias)
+    return run((jnp.asarray(out_grad), jnp.asarray(lse_gradient(case))), *primals)
+
+
+def check(name: str, case: Case) -> None:
+    """Fails where an implementation is further from float64 than its type allows."""
+    out, lse, gradients = compute(name, case)
+    wanted_out, wanted_lse, wanted_gradients = truth(case)
+    tolerance = TOLERANCE[case.dtype]
+    assert out.dtype == jnp.dtype(case.dtype)
+    assert lse.dtype == jnp.float32
+    assert error(out, wanted_out) <= tolerance
+    blind = wanted_lse == -1e30
+    np.testing.assert_array_equal(np.asarray(lse)[blind], np.float32(-1e30))
+    assert error(np.where(blind, 0, lse), np.where(blind, 0, wanted_lse)) <= tolerance
+    # With a single key the gradient of a query is a difference of equal numbers of this size.
+    floor = max(abs(wanted).max() for wanted in wanted_gradients) / 3
+    names = ("q", "k", "v", "bias")[: len(gradients)]
+    for which, got, wanted in zip(names, gradients, wanted_gradients, strict=True):
+        assert error(got, wanted, floor) <= 2 * tolerance, which
 
 
 def error(got, wanted, floor: float = 1e-30) -> float:

@@ -38,52 +38,94 @@ def softmax(scores_S):
     return e / e.sum()
 
 
-def attention(q_THK, k_SGK, v_SGK, allowed_TS, bias_HTS=None, factor_HTS=None):
-    """softmax(q k / sqrt(K) + bias) v for one row: [T, H, K].
+def raw_scores(q_K, k_SK, places, bias_S=0.0, slope=0.0, cap=None):
+    """The scores of one query for keys at the given distances, and their slope in q k / sqrt(K)."""
+    scores = k_SK @ q_K / math.sqrt(len(q_K))
+    slopes = np.ones(len(scores))
+    if cap is not None:
+        slopes = 1 / np.cosh(scores / cap) ** 2
+        scores = cap * np.tanh(scores / cap)
+    return scores + bias_S - slope * abs(places), slopes
+
+
+def attention(q_THK, k_SGK, v_SGK, allowed_TS, bias_HTS=None, factor_HTS=None, **more):
+    """softmax(q k / sqrt(K) + bias) v for one row: [T, H, K]."""
+    return attention_with_lse(q_THK, k_SGK, v_SGK, allowed_TS, bias_HTS, factor_HTS, **more)[0]
+
+
+def attention_with_lse(
+    q_THK,
+    k_SGK,
+    v_SGK,
+    allowed_TS,
+    bias_HTS=None,
+    factor_HTS=None,
+    slopes_H=None,
+    cap=None,
+):
+    """Also the log-sum-exp [H, T], -1e30 for what sees nothing.
 
     `factor_HTS` multiplies the weights after the softmax (dropout: 0 or 1 / (1 - rate)).
     """
     T, H, K = q_THK.shape
-    out_THK = np.zeros((T, H, K))
+    out_THK, lse_HT = np.zeros((T, H, K)), np.full((H, T), -1e30)
+    for h, t, seen, g in visible(q_THK, k_SGK, allowed_TS):
+        bias = 0.0 if bias_HTS is None else bias_HTS[h, t, seen]
+        slope = 0.0 if slopes_H is None else slopes_H[h]
+        scores, _ = raw_scores(q_THK[t, h], k_SGK[seen, g], t - seen, bias, slope, cap)
+        weights = softmax(scores)
+        lse_HT[h, t] = scores.max() + math.log(np.exp(scores - scores.max()).sum())
+        if factor_HTS is not None:
+            weights = weights * factor_HTS[h, t, seen]
+        out_THK[t, h] = weights @ v_SGK[seen, g]
+    return out_THK, lse_HT
+
+
+def visible(q_THK, k_SGK, allowed_TS):
+    """Each (head, query) that sees something, what it sees, and the head of its keys."""
+    T, H, _ = q_THK.shape
     for h in range(H):
-        g = h // (H // k_SGK.shape[1])
         for t in range(T):
             seen = np.flatnonzero(allowed_TS[t])
-            if not len(seen):
-                continue
-            scores = k_SGK[seen, g] @ q_THK[t, h] / math.sqrt(K)
-            if bias_HTS is not None:
-                scores = scores + bias_HTS[h, t, seen]
-            weights = softmax(scores)
-            if factor_HTS is not None:
-                weights = weights * factor_HTS[h, t, seen]
-            out_THK[t, h] = weights @ v_SGK[seen, g]
-    return out_THK
+            if len(seen):
+                yield h, t, seen, h // (H // k_SGK.shape[1])
 
 
-def attention_gradients(q_THK, k_SGK, v_SGK, allowed_TS, out_THK, bias_HTS=None, factor_HTS=None):
-    """Gradients of sum(out_THK * attention(...)) for q, k, v and the bias."""
-    T, H, K = q_THK.shape
+def attention_gradients(
+    q_THK,
+    k_SGK,
+    v_SGK,
+    allowed_TS,
+    out_THK,
+    bias_HTS=None,
+    factor_HTS=None,
+    slopes_H=None,
+    cap=None,
+    lse_HT=None,
+):
+    """Gradients of sum(out_THK * attention(...)) + sum(lse_HT * its log-sum-exp).
+
+    For q, k, v and the bias.
+    """
+    K = q_THK.shape[-1]
     q_grad, k_grad, v_grad = np.zeros(q_THK.shape), np.zeros(k_SGK.shape), np.zeros(v_SGK.shape)
-    bias_grad = np.zeros((H, *allowed_TS.shape))
-    for h in range(H):
-        g = h // (H // k_SGK.shape[1])
-        for t in range(T):
-            seen = np.flatnonzero(allowed_TS[t])
-            if not len(seen):
-                continue
-            scores = k_SGK[seen, g] @ q_THK[t, h] / math.sqrt(K)
-            if bias_HTS is not None:
-                scores = scores + bias_HTS[h, t, seen]
-            weights = softmax(scores)
-            factor = np.ones(len(seen)) if factor_HTS is None else factor_HTS[h, t, seen]
-            v_grad[seen, g] += np.outer(weights * factor, out_THK[t, h])
-            weight_grad = (v_SGK[seen, g] @ out_THK[t, h]) * factor
-            jacobian = np.diag(weights) - np.outer(weights, weights)
-            score_grad = jacobian @ weight_grad
-            bias_grad[h, t, seen] = score_grad
-            q_grad[t, h] = score_grad @ k_SGK[seen, g] / math.sqrt(K)
-            k_grad[seen, g] += np.outer(score_grad, q_THK[t, h]) / math.sqrt(K)
+    bias_grad = np.zeros((q_THK.shape[1], *allowed_TS.shape))
+    for h, t, seen, g in visible(q_THK, k_SGK, allowed_TS):
+        bias = 0.0 if bias_HTS is None else bias_HTS[h, t, seen]
+        slope = 0.0 if slopes_H is None else slopes_H[h]
+        scores, slopes = raw_scores(q_THK[t, h], k_SGK[seen, g], t - seen, bias, slope, cap)
+        weights = softmax(scores)
+        factor = np.ones(len(seen)) if factor_HTS is None else factor_HTS[h, t, seen]
+        v_grad[seen, g] += np.outer(weights * factor, out_THK[t, h])
+        weight_grad = (v_SGK[seen, g] @ out_THK[t, h]) * factor
+        jacobian = np.diag(weights) - np.outer(weights, weights)
+        score_grad = jacobian @ weight_grad
+        if lse_HT is not None:
+            score_grad = score_grad + lse_HT[h, t] * weights
+        bias_grad[h, t, seen] = score_grad
+        score_grad = score_grad * slopes
+        q_grad[t, h] = score_grad @ k_SGK[seen, g] / math.sqrt(K)
+        k_grad[seen, g] += np.outer(score_grad, q_THK[t, h]) / math.sqrt(K)
     return q_grad, k_grad, v_grad, bias_grad
 
 

@@ -17,10 +17,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxformer.attention.dropout import words_of
+from jaxformer.attention.extras import NOTHING, Extras
 from jaxformer.attention.mask import Mask
 from jaxformer.attention.tpu_blocks import (
-    MASKED,
     Static,
     bounds,
     dropped,
@@ -38,54 +37,50 @@ INTERPRET: Any = True
 
 
 def pallas_tpu(
-    q_BTHK: Array,
-    k_BSGK: Array,
-    v_BSGK: Array,
-    mask: Mask,
-    *,
-    bias: Array | None = None,
-    dropout: tuple[float, Array] | None = None,
-) -> Array:
+    q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask: Mask, extras: Extras
+) -> tuple[Array, Array]:
     """Attention of any length and head size; on other machines than a TPU it is interpreted."""
-    if bias is not None:
-        raise NotImplementedError("pallas_tpu attention has no bias")
-    T, S = q_BTHK.shape[1], k_BSGK.shape[1]
-    rate, key = dropout if dropout is not None else (0.0, jax.random.key(0))
+    extras.refuse("pallas_tpu", "a bias", "ALiBi", "a soft cap")
+    (B, T), S = q_BTHK.shape[:2], k_BSGK.shape[1]
     static = Static(
         mask.causal,
         mask.window,
-        rate,
+        extras.rate,
         mask.q_segments_BT is not None,
         T,
         S,
+        extras.heads,
+        extras.keys,
         min(BLOCK_Q, pl.cdiv(T, LANES) * LANES),
         min(BLOCK_K, pl.cdiv(S, LANES) * LANES),
         jax.default_backend() != "tpu" and INTERPRET,
     )
-    B = q_BTHK.shape[0]
     q_segments_BT, kv_segments_BS = mask.q_segments_BT, mask.kv_segments_BS
     if q_segments_BT is None or kv_segments_BS is None:
         q_segments_BT, kv_segments_BS = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
-    words = jax.lax.bitcast_convert_type(jnp.stack(words_of(key)), jnp.int32)
+    words_2 = jnp.zeros(2, jnp.uint32) if extras.words_2 is None else extras.words_2
+    place_6 = jnp.concatenate([jax.lax.bitcast_convert_type(words_2, jnp.int32), extras.first])
     q_BHTK, k_BGSK, v_BGSK = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
     scaled = q_BHTK * jnp.asarray(q_BHTK.shape[-1] ** -0.5, q_BHTK.dtype)
-    out_BHTK = _attend(scaled, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, static)
-    return jnp.swapaxes(out_BHTK, 1, 2)
+    out_BHTK, lse_BHT = _attend(
+        scaled, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, place_6, static
+    )
+    return jnp.swapaxes(out_BHTK, 1, 2), lse_BHT
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, static):
-    return _forward(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, static)[0]
+def _attend(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, place_6, static):
+    return _forward(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, place_6, static)[0]
 
 
-def _forward(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, static: Static):
+def _forward(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, place_6, static: Static):
     """The output and what the backward pass needs; log-sum-exp float32 [B, H, 1, T]."""
     B, H, T, K = q_BHTK.shape
     R = H // k_BGSK.shape[1]
     n, m, (I, J) = static.n, static.m, static.blocks
     segment_spans = spans(q_segments_BT, kv_segments_BS, static)
 
-    def keys(b, h, i, j, first, end, words):
+    def keys(b, h, i, j, first, end, place_6):
         """The block to hold; blocks that are not computed are not fetched either."""
         low, high = bounds(b, i, first, end, static)
         held = jnp.minimum(jnp.maximum(j, low), jnp.maximum(high - 1, 0))
@@ -103,7 +98,7 @@ def _forward(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, stati
         pl.BlockSpec((None, m, 1), lambda *a: (a[0], keys(*a)[2], 0)),
     ]
     out_BHTK, lse_BH1T = pl.pallas_call(
-        functools.partial(_forward_kernel, static=static, H=H),
+        functools.partial(_forward_kernel, static=static),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(B, H, I, J),
@@ -129,7 +124,7 @@ def _forward(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, stati
         name="flash_attention",
     )(
         *segment_spans,
-        words,
+        place_6,
         pad(q_BHTK, 2, n),
         pad(k_BGSK, 2, m),
         jnp.swapaxes(pad(v_BGSK, 2, m), 2, 3),
@@ -137,14 +132,16 @@ def _forward(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, stati
         pad(kv_segments_BS, 1, m)[..., None],
     )
     out_BHTK = out_BHTK[:, :, :T]
-    saved = (q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, out_BHTK, lse_BH1T)
-    return out_BHTK, saved
+    saved = (q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, place_6, out_BHTK, lse_BH1T)
+    lse_BHT = lse_BH1T[:, :, 0, :T]
+    # The backward pass keeps the half: there NOTHING less NOTHING would be a weight of 1.
+    return (out_BHTK, jnp.where(lse_BHT > NOTHING / 4, lse_BHT, NOTHING)), saved
 
 
 def _forward_kernel(
     first_BI,
     end_BI,
-    words,
+    place_6,
     q_nK,
     k_mK,
     v_Km,
@@ -157,14 +154,13 @@ def _forward_kernel(
     out_Kn,
     *,
     static,
-    H,
 ):
     b, h, i, j = (pl.program_id(axis) for axis in range(4))
 
     @pl.when(j == 0)
     def _():
-        # Against a floor above MASKED, a query with nothing to look at sums to zero.
-        top_1n[...] = jnp.full(top_1n.shape, MASKED / 2, jnp.float32)
+        # Against a floor above NOTHING, a query with nothing to look at sums to zero.
+        top_1n[...] = jnp.full(top_1n.shape, NOTHING / 2, jnp.float32)
         total_1n[...] = jnp.zeros(total_1n.shape, jnp.float32)
         out_Kn[...] = jnp.zeros(out_Kn.shape, jnp.float32)
 
@@ -180,7 +176,7 @@ def _forward_kernel(
         shrink_1n = jnp.exp(before_1n - now_1n)
         top_1n[...] = now_1n
         total_1n[...] = total_1n[...] * shrink_1n + exp_mn.sum(0, keepdims=True)
-        kept_mn = dropped(exp_mn, words, b * H + h, i, j, static)
+        kept_mn = dropped(exp_mn, place_6, b, h, i, j, static)
         more_Kn = product(v_Km[...], kept_mn.astype(v_Km.dtype), 1, 0)
         out_Kn[...] = out_Kn[...] * shrink_1n + more_Kn
 
@@ -191,13 +187,15 @@ def _forward_kernel(
         lse_1n[...] = top_1n[...] + jnp.log(whole_1n)
 
 
-def _backward(static: Static, saved, out_grad_BHTK):
-    q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, words, out_BHTK, lse_BH1T = saved
+def _backward(static: Static, saved, gradients):
+    q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, place_6, out_BHTK, lse_BH1T = saved
+    out_grad_BHTK, lse_grad_BHT = gradients
     B, H, T, K = q_BHTK.shape
     S, G = k_BGSK.shape[2], k_BGSK.shape[1]
     R = H // G
     n, m, (I, J) = static.n, static.m, static.blocks
     inner_BHT = (out_BHTK.astype(jnp.float32) * out_grad_BHTK.astype(jnp.float32)).sum(-1)
+    inner_BHT -= lse_grad_BHT  # the gradient of log-sum-exp for a score is that score's weight
     segment_spans = spans(q_segments_BT, kv_segments_BS, static)
 
     def query(j, i):
@@ -215,7 +213,7 @@ def _backward(static: Static, saved, out_grad_BHTK):
         (None, None, n, K), lambda b, h, j, i, *_: (b, h, jnp.where(j == J - 1, i, 0), 0)
     )
     q_grad, k_grad, v_grad = pl.pallas_call(
-        functools.partial(_backward_kernel, static=static, H=H),
+        functools.partial(_backward_kernel, static=static),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(B, H, J, I),
@@ -242,7 +240,7 @@ def _backward(static: Static, saved, out_grad_BHTK):
         name="flash_attention_backward",
     )(
         *segment_spans,
-        words,
+        place_6,
         pad(q_BHTK, 2, n),
         pad(k_BGSK, 2, m),
         pad(v_BGSK, 2, m),
@@ -262,7 +260,7 @@ def _backward(static: Static, saved, out_grad_BHTK):
 def _backward_kernel(
     first_BI,
     end_BI,
-    words,
+    place_6,
     q_nK,
     k_mK,
     v_mK,
@@ -279,7 +277,6 @@ def _backward_kernel(
     v_sum_mK,
     *,
     static,
-    H,
 ):
     b, h, j, i = (pl.program_id(axis) for axis in range(4))
 
@@ -299,10 +296,10 @@ def _backward_kernel(
         scores_mn = product(k_mK[...], q_nK[...], 1, 1)
         scores_mn = masked(scores_mn, q_segments_1n, kv_segments_m1, i, j, static)
         weights_mn = jnp.exp(scores_mn - lse_1n[...])
-        kept_mn = dropped(weights_mn, words, b * H + h, i, j, static)
+        kept_mn = dropped(weights_mn, place_6, b, h, i, j, static)
         v_sum_mK[...] += product(kept_mn.astype(v_mK.dtype), out_grad_nK[...], 1, 0)
         weight_grad_mn = product(v_mK[...], out_grad_nK[...], 1, 1)
-        weight_grad_mn = dropped(weight_grad_mn, words, b * H + h, i, j, static)
+        weight_grad_mn = dropped(weight_grad_mn, place_6, b, h, i, j, static)
         score_grad_mn = weights_mn * (weight_grad_mn - inner_1n[...])
         score_grad_mn = score_grad_mn.astype(q_nK.dtype)
         k_sum_mK[...] += product(score_grad_mn, q_nK[...], 1, 0)

@@ -11,8 +11,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from jaxformer.attention.dropout import keep_at
-
-MASKED = -1e30
+from jaxformer.attention.extras import NOTHING
 
 
 class Static(NamedTuple):
@@ -24,6 +23,8 @@ class Static(NamedTuple):
     segments: bool
     T: int
     S: int
+    heads: int  # of queries, in the whole array
+    keys: int  # length of the keys, in the whole array
     n: int  # queries of a block
     m: int  # keys of a block
     interpret: Any
@@ -52,7 +53,7 @@ def places(i, j, static: Static) -> tuple[Array, Array]:
 
 
 def masked(scores_mn, q_segments_1n, kv_segments_m1, i, j, static: Static) -> Array:
-    """The scores where segments, order and window allow them, MASKED elsewhere."""
+    """The scores where segments, order and window allow them, NOTHING elsewhere."""
     query_mn, key_mn = places(i, j, static)
     rules = []
     if static.segments:
@@ -66,16 +67,21 @@ def masked(scores_mn, q_segments_1n, kv_segments_m1, i, j, static: Static) -> Ar
         rules.append(abs(query_mn - key_mn) < static.window)
     if not rules:
         return scores_mn
-    return jnp.where(functools.reduce(jnp.logical_and, rules), scores_mn, MASKED)
+    return jnp.where(functools.reduce(jnp.logical_and, rules), scores_mn, NOTHING)
 
 
-def dropped(x_mn, words, outer, i, j, static: Static) -> Array:
-    """Dropout with the bits that the whole picture [B, H, T, S] would have in this block."""
+def dropped(x_mn, place_6, b, h, i, j, static: Static) -> Array:
+    """Dropout with the bits that the whole picture [B, H, T, S] would have in this block.
+
+    `place_6` holds the two words of the key, then the row, head, query and key that are first here.
+    """
     if not static.rate:
         return x_mn
+    first, second = (jax.lax.bitcast_convert_type(place_6[w], jnp.uint32) for w in range(2))
+    outer = (place_6[2] + b) * static.heads + place_6[3] + h
     query_mn, key_mn = places(i, j, static)
-    first, second = (jax.lax.bitcast_convert_type(words[w], jnp.uint32) for w in range(2))
-    kept_mn = keep_at((first, second), static.rate, outer, query_mn * static.S + key_mn)
+    inner_mn = (place_6[4] + query_mn) * static.keys + place_6[5] + key_mn
+    kept_mn = keep_at((first, second), static.rate, outer, inner_mn)
     return jnp.where(kept_mn, x_mn / (1 - static.rate), 0.0)
 
 
