@@ -166,7 +166,10 @@ def _backward(saved: _Saved, gradients):
     )
     k_grad, v_grad = (jnp.moveaxis(g, 2, 3) for g in (k_grad, v_grad))  # [B, J, m, G, K]
     k_grad, v_grad = (g.reshape(B, -1, *g.shape[3:])[:, :S] for g in (k_grad, v_grad))
-    bias_grad = None if bias_grad_BHTS is None else bias_grad_BHTS.astype(bias_BHTS.dtype)
+    if bias_BHTS is None or bias_grad_BHTS is None:
+        bias_grad = None
+    else:
+        bias_grad = bias_grad_BHTS.astype(bias_BHTS.dtype)
     return joined(q_grad, T), k_grad, v_grad, bias_grad, None, None
 
 
