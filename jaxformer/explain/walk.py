@@ -222,9 +222,7 @@ def sublayer(record: Record) -> Walk:
     return told
 
 
-def likeliest(
-    tokenizer: Tokenizer, log_TV: jax.Array, target: list[int], count: int
-) -> list[Walk]:
+def likeliest(tokenizer: Tokenizer, log_TV: jax.Array, target: list[int], count: int) -> list[Walk]:
     """For each position the token that was chosen, and the likeliest ones, with probabilities."""
     log_TV = np.asarray(log_TV)
     top_TC = np.argsort(-log_TV, axis=-1, kind="stable")[:, :count]

@@ -139,7 +139,9 @@ def test_beam_of_one_is_greedy():
 
 def test_hypotheses_that_never_end_are_returned_with_their_own_scores():
     model = deaf_to_eos(build(TINY, 30, scale=1.0))
-    tokens, scores, _ = beam_search(model, SOURCE, SEGMENTS, beam=2, alpha=0.6, max_length=3, n_best=2)
+    tokens, scores, _ = beam_search(
+        model, SOURCE, SEGMENTS, beam=2, alpha=0.6, max_length=3, n_best=2
+    )
     assert (np.asarray(tokens) != PAD).all()
     log_p = teacher_forced(model, np.asarray(tokens[:, 0]))
     picked = np.take_along_axis(log_p, np.asarray(tokens[:, 0])[:, :, None], axis=2).sum((1, 2))
