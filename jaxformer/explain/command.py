@@ -1,4 +1,4 @@
-"""`jaxformer explain`: one translation as a page, a figure or JSON; and alignments with their error."""
+"""`jaxformer explain`: a translation as a page, a figure or JSON; alignments and their error."""
 
 from __future__ import annotations
 
@@ -112,9 +112,14 @@ def _alignments(translator: Translator, output: Path, console: Console) -> None:
 
 
 def _save(figure, path: Path) -> None:
+    import matplotlib
+
+    from jaxformer.explain.figures import FONTS
+
     partial = path.with_name(f"{path.name}.partial")
     try:
-        figure.savefig(partial, dpi=160, format=path.suffix[1:])
+        with matplotlib.rc_context(FONTS):  # fonts are looked for when a figure is drawn
+            figure.savefig(partial, dpi=160, format=path.suffix[1:])
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,7 +18,7 @@ from jaxformer.explain.walk import Walk
 BLUE, ORANGE, GREEN, GREY = "#1f5fbf", "#c8561b", "#2d7d46", "#a3abb9"
 WEIGHTS = LinearSegmentedColormap.from_list("weights", ["#f7faff", "#74a9db", "#0d3b86"])
 SIGNED = LinearSegmentedColormap.from_list("signed", [ORANGE, "#ffffff", BLUE])
-FONTS = {"font.sans-serif": ["Noto Sans CJK SC", "WenQuanYi Zen Hei", "DejaVu Sans"]}
+FONTS: Any = {"font.sans-serif": ["Noto Sans CJK SC", "WenQuanYi Zen Hei", "DejaVu Sans"]}
 SHORT = {"self_attention": "self", "cross_attention": "cross", "feed_forward": "FFN"}
 
 
@@ -164,10 +165,15 @@ def heads(places: list[Axes], walk: Walk, run: Walk, view: View) -> None:
     pad = [np.pad(maps, ((0, 0), (0, 1), (0, 1)), constant_values=np.nan) for maps in layers]
     heat(places[0], np.block([list(maps) for maps in pad]), [], None, top=1)
     _, T, S = pad[0].shape
-    places[0].set_yticks([(i + 0.5) * T for i in range(len(pad))], range(1, len(pad) + 1))
-    places[0].set_xticks([(i + 0.5) * S for i in range(len(pad[0]))], range(1, len(pad[0]) + 1))
+    places[0].set_yticks([(i + 0.5) * T for i in range(len(pad))], numbered(len(pad)))
+    places[0].set_xticks([(i + 0.5) * S for i in range(len(pad[0]))], numbered(len(pad[0])))
     places[0].set_ylabel("layer")
     places[0].set_xlabel("head")
+
+
+def numbered(count: int) -> list[str]:
+    """1, 2, ..., as labels."""
+    return [str(i + 1) for i in range(count)]
 
 
 def norms(places: list[Axes], walk: Walk, run: Walk, view: View) -> None:
@@ -231,7 +237,19 @@ def beam(places: list[Axes], walk: Walk, run: Walk, view: View) -> None:
 
 FIGURES: dict[str, Callable[[list[Axes], Walk, Walk, View], None]] = {
     f.__name__: f
-    for f in (candidates, beam, cross_attention, lines, heads, qkv)
-    + (scores, masked_scores, weights, embeddings, norms, lens)
+    for f in (
+        candidates,
+        beam,
+        cross_attention,
+        lines,
+        heads,
+        qkv,
+        scores,
+        masked_scores,
+        weights,
+        embeddings,
+        norms,
+        lens,
+    )
 }
 """By name; the page has them too, under the same names."""

@@ -1,6 +1,6 @@
-"""One translation with everything that was computed on the way, as plain data for page and programs.
+"""One translation with all that was computed on the way, as plain data for page and programs.
 
-Every number comes from `model.recorded`, `model.lens` and `decode.beam_search`: the production code.
+Every number comes from `model.recorded`, `model.lens` and `decode.beam_search`: production code.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def run(
 
     Returns:
       "without" (flags of the ablation), "translation", "hypotheses", "encoder" and "decoder" (see
-      `side`), "steps" (per output position the chosen token and the likeliest), "lens" (the same for
-      each layer), "beam" (see `searched`).
+      `side`), "steps" (per output position the chosen token and the likeliest), "lens" (the same
+      for each layer), "beam" (see `searched`).
     """
     tokenizer = translator.tokenizer
     x_BTD, record = recorded(
@@ -186,8 +186,8 @@ def batch_of(source_BS: np.ndarray, target: list[int], ablation: Ablation) -> di
 def side(record: Record) -> Walk:
     """The record of encoder or decoder for one sentence, B taken away.
 
-    "embedding_TD", "input_TD", and "layers": for each a dict of its sub-layers. Attention has q_HTK,
-    k_GSK, v_GSK, scores_HTS, allowed_TS and weights_HTS; every sub-layer has added_norm_T and
+    "embedding_TD", "input_TD", and "layers": for each a dict of its sub-layers. Attention has
+    q_HTK, k_GSK, v_GSK, scores_HTS, allowed_TS and weights_HTS; every sub-layer has added_norm_T and
     stream_norm_T, the lengths of what it adds and of the stream after it.
     """
     depth = len(record["feed_forward"]["stream_BTD"])
@@ -222,9 +222,9 @@ def sublayer(record: Record) -> Walk:
     return told
 
 
-def likeliest(tokenizer: Tokenizer, log_TV: jax.Array, target: list[int], count: int) -> list[Walk]:
+def likeliest(tokenizer: Tokenizer, log_TV: Any, target: list[int], count: int) -> list[Walk]:
     """For each position the token that was chosen, and the likeliest ones, with probabilities."""
-    log_TV = np.asarray(log_TV)
+    log_TV = np.array(log_TV)
     top_TC = np.argsort(-log_TV, axis=-1, kind="stable")[:, :count]
     return [
         {
@@ -245,15 +245,15 @@ def told(tokenizer: Tokenizer, token: int, log_V: np.ndarray) -> Walk:
 def searched(tokenizer: Tokenizer, found: Decoded) -> list[list[Walk]]:
     """For each step of beam search its candidates, best first, and what became of them.
 
-    "fate" is "grows" (kept), "ends" (reached <eos>) or "drops". "parent" is the row among those that
-    grew before.
+    "fate" is "grows" (kept), "ends" (reached <eos>) or "drops". "parent" is the row among those
+    that grew before.
     """
     steps = found.steps
     assert steps is not None
     N = found.tokens_BNT.shape[1]
     growing: list[list[int]] = [[] for _ in range(N)]
     told = []
-    for t in range(int(steps.count)):
+    for t in range(int(steps.taken)):
         grow = [int(place) for place in steps.places_TBN[t, 0]]
         rows, candidates = [], []
         columns = (steps.totals_TBC, steps.parents_TBC, steps.tokens_TBC)

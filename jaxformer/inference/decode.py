@@ -31,7 +31,7 @@ class Steps(NamedTuple):
     parents_TBC: Array
     tokens_TBC: Array
     places_TBN: Array  # the candidates that grow on; of the others, those without EOS are dropped
-    count: Array  # steps done
+    taken: Array  # steps done
 
 
 class Decoded(NamedTuple):
@@ -209,7 +209,7 @@ def beam_search(
         if steps is not None:
             new = (top_BC, parents_BC, tokens_BC, places_BN)
             rows = [kept.at[position].set(row) for kept, row in zip(steps[:-1], new, strict=True)]
-            steps = Steps(*rows, position + 1)
+            steps = Steps(rows[0], rows[1], rows[2], rows[3], position + 1)
         return _Beam(position + 1, alive_BNT, alive_BN, ended_BNT, ended_BN, cache, steps)
 
     nothing_BNT = jnp.full((B, N, T), PAD, jnp.int32)

@@ -22,8 +22,8 @@ NORM_EPSILON = 1e-6
 Record = dict[str, Any]
 """Intermediate values by name, filled in by the functions that compute them.
 
-A caller who wants to look hands in an empty one; None, everywhere the default, leaves the program as
-it is. It is an ordinary dict of traced arrays: inside `jax.jit`, return it with the result.
+A caller who wants to look hands in an empty one; None, everywhere the default, leaves the program
+as it is. It is an ordinary dict of traced arrays: inside `jax.jit`, return it with the result.
 """
 
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "swiglu": jax.nn.silu}

@@ -1,4 +1,4 @@
-"""What `recorded` hands out is what the model computed; not asked, the model computes nothing more."""
+"""`recorded` hands out what the model computed; unasked, the model computes nothing more."""
 
 import jax
 import jax.numpy as jnp
