@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser(
         "explain",
         help="a page that shows one translation from the inside",
-        description="Writes a self-contained page, a figure or JSON. Layers and heads count from 1.",
+        description="Writes one page, one figure or JSON. Layers and heads count from 1.",
     )
     explain.set_defaults(run=_explain)
     explain.add_argument("sentence", nargs="?", help="of at most 64 tokens")

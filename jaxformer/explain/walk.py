@@ -187,8 +187,8 @@ def side(record: Record) -> Walk:
     """The record of encoder or decoder for one sentence, B taken away.
 
     "embedding_TD", "input_TD", and "layers": for each a dict of its sub-layers. Attention has
-    q_HTK, k_GSK, v_GSK, scores_HTS, allowed_TS and weights_HTS; every sub-layer has added_norm_T and
-    stream_norm_T, the lengths of what it adds and of the stream after it.
+    q_HTK, k_GSK, v_GSK, scores_HTS, allowed_TS and weights_HTS; every sub-layer has added_norm_T
+    and stream_norm_T, the lengths of what it adds and of the stream after it.
     """
     depth = len(record["feed_forward"]["stream_BTD"])
     names = [name for name in STACK_ORDER if name in record]
