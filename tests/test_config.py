@@ -112,7 +112,7 @@ IMPOSSIBLE = [
     ({"model__norm": "batch"}, "config.model.norm is 'batch'", "layer, rms"),
     ({"model__norm_position": "mid"}, "config.model.norm_position is 'mid'", "post, pre"),
     (
-        {"model__positions": "none"},
+        {"model__positions": "absolute"},
         "config.model.positions is 'none'",
         "sinusoidal, learned, rotary",
     ),
