@@ -113,7 +113,7 @@ IMPOSSIBLE = [
     ({"model__norm_position": "mid"}, "config.model.norm_position is 'mid'", "post, pre"),
     (
         {"model__positions": "absolute"},
-        "config.model.positions is 'none'",
+        "config.model.positions is 'absolute'",
         "sinusoidal, learned, rotary",
     ),
     ({"model__dtype": "float16"}, "config.model.dtype is 'float16'", "float32, bfloat16"),
