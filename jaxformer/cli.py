@@ -35,6 +35,44 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
     evaluate.add_argument("--split", choices=("valid", "test"), default="test")
 
+    explain = commands.add_parser(
+        "explain",
+        help="a page that shows one translation from the inside",
+        description="Writes one page, one figure or JSON. Layers and heads count from 1.",
+    )
+    explain.set_defaults(run=_explain)
+    explain.add_argument("sentence", nargs="?", help="of at most 64 tokens")
+    explain.add_argument("--workdir", type=Path, required=True, help="of the training run")
+    explain.add_argument("--output", "-o", type=Path, help="page.html; or .png, .svg, .json")
+    explain.add_argument("--json", action="store_true", help="all numbers, for programs")
+    explain.add_argument("--figure", help="only this one, as .png or .svg: cross_attention, ...")
+    explain.add_argument(
+        "--stack", choices=("encoder", "decoder", "cross"), default="cross", help="of the figure"
+    )
+    explain.add_argument("--layer", type=int, help="of the figure (the last)")
+    explain.add_argument("--head", type=int, help="of the figure (the mean of all)")
+    explain.add_argument("--step", type=int, default=1, help="output step of the figure")
+    explain.add_argument(
+        "--ablate",
+        action="append",
+        default=[],
+        metavar="head=3.5",
+        help="beside it the run without head 5 of layer 3: head= of the cross-attention, "
+        "encoder= or decoder= of self-attention; may be repeated",
+    )
+    for part, what in (
+        ("positions", "no token knows its place"),
+        ("causal-mask", "the decoder sees what it is to predict"),
+        ("pad-mask", "PAD is attended to"),
+    ):
+        name = part.replace("-", "_")
+        explain.add_argument(f"--no-{part}", dest=name, action="store_false", help=what)
+    explain.add_argument(
+        "--alignments",
+        action="store_true",
+        help="no sentence: word alignments of the test split against gold ones, and their picture",
+    )
+
     for command in (translate, evaluate):
         command.add_argument("--workdir", type=Path, required=True, help="of the training run")
         command.add_argument("--beam", type=int, help="hypotheses kept; 1 is greedy")
@@ -53,6 +91,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from jaxformer import evaluate
 
     evaluate.command(arguments)
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    from jaxformer.explain import command
+
+    command.explain(arguments)
 
 
 if __name__ == "__main__":

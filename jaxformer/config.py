@@ -33,7 +33,7 @@ class ModelConfig:
     activation: str = "relu"  # relu | gelu | swiglu
     norm: str = "layer"  # layer | rms
     norm_position: str = "post"  # post (the paper) | pre
-    positions: str = "sinusoidal"  # sinusoidal | learned | rotary
+    positions: str = "sinusoidal"  # sinusoidal | learned | rotary | none
     dropout: float = 0.1  # on sub-layer outputs and on both embedding sums (section 5.4)
     attention_dropout: float = 0.0  # on attention weights
     share_embeddings: bool = True  # one table for source and target tokens
@@ -182,7 +182,7 @@ CHOICES = {
     "model.activation": ("relu", "gelu", "swiglu"),
     "model.norm": ("layer", "rms"),
     "model.norm_position": ("post", "pre"),
-    "model.positions": ("sinusoidal", "learned", "rotary"),
+    "model.positions": ("sinusoidal", "learned", "rotary", "none"),
     "model.dtype": ("float32", "bfloat16"),
     "optimizer.name": ("adam", "adamw"),
     "optimizer.schedule": ("paper", "cosine", "linear"),

@@ -112,8 +112,8 @@ IMPOSSIBLE = [
     ({"model__norm": "batch"}, "config.model.norm is 'batch'", "layer, rms"),
     ({"model__norm_position": "mid"}, "config.model.norm_position is 'mid'", "post, pre"),
     (
-        {"model__positions": "none"},
-        "config.model.positions is 'none'",
+        {"model__positions": "absolute"},
+        "config.model.positions is 'absolute'",
         "sinusoidal, learned, rotary",
     ),
     ({"model__dtype": "float16"}, "config.model.dtype is 'float16'", "float32, bfloat16"),

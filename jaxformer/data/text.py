@@ -80,7 +80,7 @@ def load(data: DataConfig, split: str) -> ParallelText:
         )
     if data.name == "files":
         return read_files(where, (data.source, data.target), f"config.data.{split}")
-    builder = _builder(data)
+    builder = prepared(data)
     _check_names(builder, data, where, split)
     try:
         return RecordText(builder, where, (data.source, data.target))
@@ -91,7 +91,7 @@ def load(data: DataConfig, split: str) -> ParallelText:
         ) from error
 
 
-def _builder(data: DataConfig) -> Any:
+def prepared(data: DataConfig) -> Any:
     """The builder of the dataset, with its files in place."""
     import tensorflow_datasets as tfds
 

@@ -20,14 +20,30 @@ LOWEST = -1e9
 """A log-probability that no hypothesis reaches, and that arithmetic survives."""
 
 
+class Steps(NamedTuple):
+    """What beam search looked at: C candidates at each of T steps, best first.
+
+    A candidate continues row `parents_TBC` of the hypotheses that grew at this step, which are the
+    candidates of the step before at `places_TBN`. Steps after the last are zeros.
+    """
+
+    totals_TBC: Array  # log-probabilities in nats
+    parents_TBC: Array
+    tokens_TBC: Array
+    places_TBN: Array  # the candidates that grow on; of the others, those without EOS are dropped
+    taken: Array  # steps done
+
+
 class Decoded(NamedTuple):
     """Hypotheses, best first: tokens int32 [B, N, T], EOS kept and PAD after it, and scores [B, N].
 
-    A score is the log-probability in nats, over the length penalty in beam search.
+    A score is the log-probability in nats, over the length penalty in beam search. `steps` is there
+    where a search was asked to record them.
     """
 
     tokens_BNT: Array
     scores_BN: Array
+    steps: Steps | None = None
 
 
 class Sampling(NamedTuple):
@@ -130,9 +146,10 @@ class _Beam(NamedTuple):
     ended_BNT: Array  # hypotheses that reached EOS
     ended_BN: Array  # their scores (penalised), descending
     cache: Cache
+    steps: Steps | None
 
 
-@functools.partial(jax.jit, static_argnames=("beam", "alpha", "max_length", "n_best"))
+@functools.partial(jax.jit, static_argnames=("beam", "alpha", "max_length", "n_best", "record"))
 def beam_search(
     model: Transformer,
     source_BS: Array,
@@ -142,11 +159,13 @@ def beam_search(
     alpha: float,
     max_length: int,
     n_best: int = 1,
+    record: bool = False,
 ) -> Decoded:
     """The `n_best` hypotheses by log-probability over length penalty, of `beam` kept at each step.
 
     A source is finished when no growing hypothesis can still get among them. Where fewer than
     `n_best` hypotheses end within `max_length` tokens, cut-off ones fill the places after them.
+    With `record` the result has its `steps`.
     """
     B, N, T = source_BS.shape[0], beam, max_length
     cache, empty_B = _begin(model, source_BS, segments_BS, N, T)
@@ -186,13 +205,19 @@ def beam_search(
         parents_BN = jnp.take_along_axis(parents_BC, places_BN, axis=1)
         rows_BN = jnp.arange(B)[:, None] * N + parents_BN
         cache = reorder(cache, rows_BN.reshape(B * N))
-        return _Beam(position + 1, alive_BNT, alive_BN, ended_BNT, ended_BN, cache)
+        steps = state.steps
+        if steps is not None:
+            new = (top_BC, parents_BC, tokens_BC, places_BN)
+            rows = [kept.at[position].set(row) for kept, row in zip(steps[:-1], new, strict=True)]
+            steps = Steps(rows[0], rows[1], rows[2], rows[3], position + 1)
+        return _Beam(position + 1, alive_BNT, alive_BN, ended_BNT, ended_BN, cache, steps)
 
     nothing_BNT = jnp.full((B, N, T), PAD, jnp.int32)
     # All hypotheses begin alike: but for one they are barred from the first choice.
     alive_BN = jnp.broadcast_to(jnp.where(jnp.arange(N) == 0, 0.0, LOWEST)[None], (B, N))
     ended_BN = jnp.full((B, N), LOWEST)
-    start = _Beam(jnp.int32(0), nothing_BNT, alive_BN, nothing_BNT, ended_BN, cache)
+    steps = _no_steps(T, B, N) if record else None
+    start = _Beam(jnp.int32(0), nothing_BNT, alive_BN, nothing_BNT, ended_BN, cache, steps)
     end = jax.lax.while_loop(unfinished, body, start)
     # Both lists are sorted: first what has ended, then what was cut off, in their own order.
     ended_B1 = (end.ended_BN > LOWEST / 2).sum(axis=1, keepdims=True)
@@ -203,7 +228,13 @@ def beam_search(
     tokens_BMT = jnp.concatenate([end.ended_BNT, end.alive_BNT], axis=1)
     scores_BN = jnp.take_along_axis(scores_BM, places_BN, axis=1)
     tokens_BNT = jnp.take_along_axis(tokens_BMT, places_BN[:, :, None], axis=1)
-    return Decoded(tokens_BNT[:, :n_best], scores_BN[:, :n_best])
+    return Decoded(tokens_BNT[:, :n_best], scores_BN[:, :n_best], end.steps)
+
+
+def _no_steps(T: int, B: int, N: int) -> Steps:
+    whole = jnp.zeros((T, B, 2 * N), jnp.int32)
+    places = jnp.zeros((T, B, N), jnp.int32)
+    return Steps(whole.astype(jnp.float32), whole, whole, places, jnp.int32(0))
 
 
 def best(totals_BNV: Array, count: int) -> tuple[Array, Array, Array]:

@@ -250,7 +250,7 @@ class _Search:
         )
 
     def _texts(self, decoded: Decoded) -> list[list[Translation]]:
-        tokens_BNT, scores_BN = (np.asarray(part) for part in decoded)
+        tokens_BNT, scores_BN = np.asarray(decoded.tokens_BNT), np.asarray(decoded.scores_BN)
         results = []
         for tokens_NT, scores_N in zip(tokens_BNT, scores_BN, strict=True):
             rows = [_until_end(tokens) for tokens in tokens_NT]

@@ -12,6 +12,14 @@ Modules are Flax NNX modules used as plain pytrees of parameters: build one, the
 `jax.grad`, `jax.lax.scan` and `jax.tree.map` work on it directly.
 """
 
-from jaxformer.model.transformer import Transformer, decode, encode, forward, logits
+from jaxformer.model.transformer import (
+    Transformer,
+    decode,
+    encode,
+    forward,
+    lens,
+    logits,
+    recorded,
+)
 
-__all__ = ["Transformer", "decode", "encode", "forward", "logits"]
+__all__ = ["Transformer", "decode", "encode", "forward", "lens", "logits", "recorded"]

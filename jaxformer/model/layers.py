@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,11 +11,20 @@ from jax import Array
 
 from jaxformer.attention import Mask, attention
 from jaxformer.attention.dropout import dropout
+from jaxformer.attention.extras import Extras
+from jaxformer.attention.reference import scores_BHTS, softmax
 from jaxformer.config import ModelConfig, head_dim, kv_heads
 from jaxformer.model.positions import rotate
 from jaxformer.sharding import gathered, spec
 
 NORM_EPSILON = 1e-6
+
+Record = dict[str, Any]
+"""Intermediate values by name, filled in by the functions that compute them.
+
+A caller who wants to look hands in an empty one; None, everywhere the default, leaves the program
+as it is. It is an ordinary dict of traced arrays: inside `jax.jit`, return it with the result.
+"""
 
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "swiglu": jax.nn.silu}
 
@@ -128,18 +139,33 @@ class Attention(nnx.Module):
         mask: Mask,
         rotation: tuple[Array, Array] | None = None,
         key: Array | None = None,
+        record: Record | None = None,
     ) -> Array:
         """Every position of x attends to every allowed position of memory: [B, T, D].
 
         With x as its own memory it is self-attention, and then `rotation` may turn queries and keys
         by their positions.
+
+        A `record` receives q_BTHK, k_BSGK (after the turn), v_BSGK, scores_BHTS before the mask,
+        allowed_BTS, weights_BHTS (before dropout) and heads_BTHK; the heads are then computed by
+        `reference`, from those weights.
         """
         q_BTHK = self.queries(x_BTD)
         k_BSGK, v_BSGK = self.keys_values(memory_BSD)
         if rotation is not None:
             q_BTHK, k_BSGK = rotate(q_BTHK, rotation), rotate(k_BSGK, rotation)
         drop = (self.dropout, key) if key is not None and self.dropout else None
-        return self.output(attention(q_BTHK, k_BSGK, v_BSGK, mask, dropout=drop))
+        if record is None:
+            return self.output(attention(q_BTHK, k_BSGK, v_BSGK, mask, dropout=drop))
+        heads_BTHK = attention(
+            q_BTHK, k_BSGK, v_BSGK, mask, dropout=drop, implementation="reference"
+        )
+        scores = scores_BHTS(q_BTHK, k_BSGK, Extras())
+        T, S = scores.shape[2:]
+        record |= {"q_BTHK": q_BTHK, "k_BSGK": k_BSGK, "v_BSGK": v_BSGK, "heads_BTHK": heads_BTHK}
+        record |= {"scores_BHTS": scores, "weights_BHTS": softmax(scores, mask, Extras())[0]}
+        record["allowed_BTS"] = mask.allowed_BTS(T, S)
+        return self.output(heads_BTHK)
 
 
 def _project(x_BTD: Array, kernel_DHK: nnx.Param, bias_HK: nnx.Param | None) -> Array:
@@ -202,14 +228,27 @@ class Block(nnx.Module):
         self.feed_forward = FeedForward(config, keys[2])
         self.feed_forward_norm = Norm(config)
 
-    def residual(self, x_BTD: Array, norm: Norm, sublayer, key: Array | None) -> Array:
+    def residual(
+        self,
+        x_BTD: Array,
+        norm: Norm,
+        sublayer,
+        key: Array | None,
+        record: Record | None = None,
+    ) -> Array:
         """x + dropout(sublayer(x)), normalised after the sum (the paper) or before the sub-layer.
 
         Pre-norm keeps the path from input to output free of norms (Xiong et al. 2020).
+
+        A `record` receives added_BTD, what the sub-layer adds, and stream_BTD, the result.
         """
-        if self.pre_norm:
-            return x_BTD + dropout(sublayer(norm(x_BTD)), self.dropout, key)
-        return norm(x_BTD + dropout(sublayer(x_BTD), self.dropout, key))
+        added_BTD = sublayer(norm(x_BTD) if self.pre_norm else x_BTD)
+        x_BTD += dropout(added_BTD, self.dropout, key)
+        if not self.pre_norm:
+            x_BTD = norm(x_BTD)
+        if record is not None:
+            record |= {"added_BTD": added_BTD, "stream_BTD": x_BTD}
+        return x_BTD
 
     def __call__(
         self,
@@ -218,19 +257,31 @@ class Block(nnx.Module):
         rotation: tuple[Array, Array] | None = None,
         memory: tuple[Array, Mask] | None = None,
         key: Array | None = None,
+        record: Record | None = None,
     ) -> Array:
-        """[B, T, D] to [B, T, D]; `memory` is (memory_BSD, its mask) for cross-attention."""
+        """[B, T, D] to [B, T, D]; `memory` is (memory_BSD, its mask) for cross-attention.
+
+        A `record` receives a record for each of self_attention, cross_attention and feed_forward.
+        """
+
+        def part(name: str) -> Record | None:
+            return None if record is None else record.setdefault(name, {})
+
+        own = part("self_attention")
 
         def attend_to_self(y_BTD: Array) -> Array:
-            return self.self_attention(y_BTD, y_BTD, mask, rotation, fold(key, 0))
+            return self.self_attention(y_BTD, y_BTD, mask, rotation, fold(key, 0), own)
 
-        x_BTD = self.residual(x_BTD, self.self_attention_norm, attend_to_self, fold(key, 1))
+        x_BTD = self.residual(x_BTD, self.self_attention_norm, attend_to_self, fold(key, 1), own)
         if self.cross_attention is not None and self.cross_attention_norm is not None:
             assert memory is not None
-            attend = self.cross_attention
+            attend, norm = self.cross_attention, self.cross_attention_norm
+            cross = part("cross_attention")
 
             def attend_to_memory(y_BTD: Array) -> Array:
-                return attend(y_BTD, memory[0], memory[1], None, fold(key, 2))
+                return attend(y_BTD, memory[0], memory[1], None, fold(key, 2), cross)
 
-            x_BTD = self.residual(x_BTD, self.cross_attention_norm, attend_to_memory, fold(key, 3))
-        return self.residual(x_BTD, self.feed_forward_norm, self.feed_forward, fold(key, 4))
+            x_BTD = self.residual(x_BTD, norm, attend_to_memory, fold(key, 3), cross)
+        return self.residual(
+            x_BTD, self.feed_forward_norm, self.feed_forward, fold(key, 4), part("feed_forward")
+        )

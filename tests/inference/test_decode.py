@@ -117,7 +117,7 @@ def test_a_wide_beam_finds_what_brute_force_finds(config, alpha):
     search = functools.partial(
         beam_search, model, SOURCE, SEGMENTS, beam=N, alpha=alpha, max_length=T
     )
-    tokens_BNT, scores_BN = search(n_best=10)
+    tokens_BNT, scores_BN, _ = search(n_best=10)
     best = search()  # may stop earlier
     np.testing.assert_array_equal(best.tokens_BNT, tokens_BNT[:, :1])
     np.testing.assert_array_equal(best.scores_BN, scores_BN[:, :1])
@@ -139,7 +139,9 @@ def test_beam_of_one_is_greedy():
 
 def test_hypotheses_that_never_end_are_returned_with_their_own_scores():
     model = deaf_to_eos(build(TINY, 30, scale=1.0))
-    tokens, scores = beam_search(model, SOURCE, SEGMENTS, beam=2, alpha=0.6, max_length=3, n_best=2)
+    tokens, scores, _ = beam_search(
+        model, SOURCE, SEGMENTS, beam=2, alpha=0.6, max_length=3, n_best=2
+    )
     assert (np.asarray(tokens) != PAD).all()
     log_p = teacher_forced(model, np.asarray(tokens[:, 0]))
     picked = np.take_along_axis(log_p, np.asarray(tokens[:, 0])[:, :, None], axis=2).sum((1, 2))
