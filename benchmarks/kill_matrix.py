@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 STEPS, EVERY = 40, 4
 LIMIT = 120.0  # seconds; a process that still lives then hangs
 LOST_SECONDS = 10
+HANGS = 999  # instead of an exit code
 
 WORDS = {"我": "I", "你": "you", "看见": "see", "建造": "build", "房子": "house", "桥": "bridge"}
 
@@ -78,7 +79,7 @@ class Job:
                 )
 
     def wait(self) -> list[int]:
-        """The exit codes. A process that hangs is killed and answers None's stand-in, 999."""
+        """The exit codes. A process that hangs is killed and answers HANGS."""
         deadline = time.monotonic() + LIMIT
         codes = []
         for process in self.processes:
@@ -87,7 +88,7 @@ class Job:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-                codes.append(999)
+                codes.append(HANGS)
         return codes
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -118,19 +119,24 @@ class Job:
 def flags(folder: Path, workdir: Path) -> list[str]:
     """The small job: two layers, dropout, packed rows, average of parameters."""
     values = {
-        "model": dict(
-            d_model=16, num_heads=2, d_ff=32, encoder_layers=1, decoder_layers=1, dropout=0.1
-        ),
-        "data": dict(
-            train=str(folder / "train.tsv"),
-            data_dir=str(folder / "data"),
-            vocab_size=300,
-            target_length=16,
-            tokens_per_batch=256,
-        ),
-        "optimizer": dict(warmup_steps=5, ema_decay=0.9),
-        "train": dict(steps=STEPS, log_every=1, checkpoint_every=EVERY, keep_checkpoints=3),
-        "decode": dict(beam=1, max_length=16),
+        "model": {
+            "d_model": 16,
+            "num_heads": 2,
+            "d_ff": 32,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "dropout": 0.1,
+        },
+        "data": {
+            "train": str(folder / "train.tsv"),
+            "data_dir": str(folder / "data"),
+            "vocab_size": 300,
+            "target_length": 16,
+            "tokens_per_batch": 256,
+        },
+        "optimizer": {"warmup_steps": 5, "ema_decay": 0.9},
+        "train": {"steps": STEPS, "log_every": 1, "checkpoint_every": EVERY, "keep_checkpoints": 3},
+        "decode": {"beam": 1, "max_length": 16},
     }
     changes = [f"--config.{s}.{n}={v}" for s, fields in values.items() for n, v in fields.items()]
     return ["--config=configs/tsv.py", f"--workdir={workdir}", *changes]
@@ -172,7 +178,8 @@ def full_disk(job: Job, rng: random.Random, seconds: float) -> None:
             file.write(bytes(4096))
             file.flush()
     codes = job.wait()
-    assert all(codes) and 999 not in codes, f"a full disk must end the run: {codes}"
+    assert HANGS not in codes, "a full disk must not make the run hang"
+    assert 0 not in codes, f"a full disk must end the run: {codes}"
     ballast.unlink()
 
 
@@ -198,7 +205,8 @@ def lost_process(job: Job, rng: random.Random, seconds: float) -> None:
     job.processes[victim].kill()
     codes = job.wait()
     if job.steps()[-1:] != [STEPS]:
-        assert all(codes) and 999 not in codes, f"the other process must end too: {codes}"
+        assert HANGS not in codes, "the other process hangs"
+        assert 0 not in codes, f"the other process must end too: {codes}"
         assert f"Process {victim} (" in job.said(), "nobody said who is gone"
 
 
@@ -412,9 +420,6 @@ def main() -> None:
                 f"{result.processes} process(es), from step {result.killed_after}: {end}",
                 flush=True,
             )
-            if not result.same:
-                for log in Path(folder).glob("run*.log"):
-                    pass
     print(table(results))
     if arguments.output:
         arguments.output.write_text(json.dumps([r._asdict() for r in results], indent=1) + "\n")

@@ -35,6 +35,30 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
     evaluate.add_argument("--split", choices=("valid", "test"), default="test")
 
+    launch = commands.add_parser("launch", help="start train.py on many processes")
+    launch.set_defaults(run=_launch)
+    what = launch.add_mutually_exclusive_group(required=True)
+    what.add_argument("--local", type=_positive, metavar="N", help="N processes on this machine")
+    what.add_argument(
+        "--render", choices=("slurm", "jobset", "tpu-vm", "xpk"), help="write a launch file"
+    )
+    what.add_argument(
+        "--rehearse",
+        type=_positive,
+        nargs="?",
+        const=2,
+        metavar="N",
+        help="the job on N CPU processes, with a shrunken model",
+    )
+    launch.add_argument("--job", type=Path, help="a description of the job (TOML)")
+    launch.add_argument(
+        "--devices",
+        type=_positive,
+        help="CPU devices of each process (--local), or of all (--rehearse)",
+    )
+    launch.add_argument("--output", type=Path, help="the launch file (NAME.sbatch, .yaml, .sh)")
+    launch.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of train.py")
+
     for command in (translate, evaluate):
         command.add_argument("--workdir", type=Path, required=True, help="of the training run")
         command.add_argument("--beam", type=int, help="hypotheses kept; 1 is greedy")
@@ -53,6 +77,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from jaxformer import evaluate
 
     evaluate.command(arguments)
+
+
+def _launch(arguments: argparse.Namespace) -> None:
+    from jaxformer.launch import command
+
+    command.launch(arguments)
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
 
 
 if __name__ == "__main__":

@@ -67,8 +67,9 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 def own_rows(rows: int, mesh: Mesh) -> np.ndarray:
     """int64: which of the rows of a global batch the devices of this process hold, ascending."""
-    spans = NamedSharding(mesh, P(RULES["batch"])).addressable_devices_indices_map((rows,))
-    return np.unique(np.concatenate([np.arange(rows)[span] for (span,) in spans.values()]))
+    sharding = NamedSharding(mesh, P(RULES["batch"]))
+    spans = sharding.addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[span] for span in spans]))
 
 
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh, rows: int | None = None) -> dict[str, Array]:

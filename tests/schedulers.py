@@ -1,4 +1,4 @@
-"""SLURM on this machine, for as long as a test runs: one controller, one node, a folder of its own."""
+"""SLURM on this machine for as long as a test runs: one controller, one node, its own folder."""
 
 import contextlib
 import os

@@ -82,7 +82,7 @@ class Checkpoints:
           step: number of finished updates; no smaller than the last one saved.
           state: pytrees of jax.Arrays under "params", "ema" (optional) and any other names.
           meta: anything that JSON can hold.
-          score: what `keep_best` compares; lower is better. None: this step is never among the best.
+          score: what `keep_best` compares, lower is better; None: never among the best.
 
         Raises:
           UserError: a later step is there already; or the save before this one failed, see `wait`.
