@@ -144,6 +144,19 @@ def test_last_n_are_kept_and_the_same_step_is_replaced(checkpoints):
     assert_same(checkpoints.restore(abstract(states[5]), step=5)[0], states[5])
 
 
+def test_the_best_is_kept_besides_the_last(tmp_path):
+    opened = Checkpoints(tmp_path / "run", keep=2, keep_best=1)
+    for step, score in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, 4.0)):
+        opened.save(step, new_state(seed=step), META, score)
+    opened.wait()
+    assert opened.steps() == [2, 4, 5]
+    opened.save(6, new_state(seed=6), META, 1.0)  # as good, and newer
+    opened.save(7, new_state(seed=7), META, 9.0)
+    opened.save(8, new_state(seed=8), META, 9.0)
+    opened.close()
+    assert opened.steps() == [6, 7, 8]
+
+
 def test_a_run_that_got_further_is_not_overwritten(checkpoints):
     states = saved(checkpoints, 20)
     with pytest.raises(UserError, match="holds step 20"):
