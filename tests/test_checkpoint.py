@@ -120,6 +120,19 @@ def test_round_trip_is_bitwise_on_explicit_meshes(checkpoints, target):
     assert jax.tree.map(lambda a: a.sharding, got) == jax.tree.map(lambda a: a.sharding, wanted)
 
 
+@pytest.mark.parametrize("target", [(1, 1, 1, 1), (1, 2, 1, 1), (1, 4, 1, 1), (2, 1, 4, 1)])
+def test_eight_devices_as_fsdp_come_back_on_fewer_and_as_tensor(checkpoints, target):
+    with jax.set_mesh(mesh(1, 8, 1, 1)):
+        state = new_state()
+        assert "fsdp" in state["params"]["stack"]["w_LDF"].sharding.spec
+        checkpoints.save(3, state, META)
+    other = mesh(*target)
+    with jax.set_mesh(other):
+        got, _ = checkpoints.restore(abstract(new_state(seed=1)))
+    assert_same(got, state)
+    assert got["params"]["stack"]["w_LDF"].sharding.mesh.shape == other.shape
+
+
 def test_arrays_may_be_donated_as_soon_as_save_returns(checkpoints):
     train_step = jax.jit(lambda s: jax.tree.map(lambda a: a + a, s), donate_argnums=0)
     jax.block_until_ready(train_step({"params": {"w": jnp.zeros(1 << 20)}}))  # compiled
