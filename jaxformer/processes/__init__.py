@@ -25,10 +25,21 @@ from jaxformer.processes.line import LOST, Line
 from jaxformer.processes.place import Place, find_place
 from jaxformer.processes.roll import Prints, answer_roll, call_roll
 
-__all__ = ["Place", "check_same", "count", "find_place", "index", "joined", "leave", "shared"]
+__all__ = [
+    "Place",
+    "check_same",
+    "count",
+    "find_place",
+    "index",
+    "joined",
+    "leave",
+    "shared",
+    "wait_for_all",
+]
 
 SETTLE = 2.0  # seconds in which the line tells who is gone, before an error counts as one's own
 POLL_MS = 5000
+DAY_MS = 24 * 3600 * 1000
 
 
 @contextlib.contextmanager
@@ -105,6 +116,14 @@ def shared(make: Callable[[], Any]) -> Any:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process has got here; if one dies on the way, the line says so."""
+    if _line is not None:
+        client = distributed.global_state.client
+        assert client is not None
+        client.wait_at_barrier(f"jaxformer/{what}/{next(_line.calls)}", DAY_MS)
 
 
 def check_same(name: str, value: str) -> None:

@@ -25,6 +25,7 @@ from jaxformer.data import pipeline
 from jaxformer.data.batches import prefetch
 from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.metrics import read_log
+from jaxformer.model import Transformer
 from jaxformer.model.loss import Sums
 from jaxformer.training import state
 from jaxformer.training.checks import check_layout, check_same_run
@@ -122,6 +123,9 @@ class Training:
             return True
         with self.goodput.spend("compile"):
             self.step_function, self.eval_function = self._compile()
+            # The first collective waits 30 s for the others and no longer, but compiling may take
+            # one process minutes more than another.
+            processes.wait_for_all("compiled")
         record = Record(self.workdir, first) if processes.index() == 0 else NoRecord()
         with contextlib.closing(record), Display(self.console, first, last) as display:
             watch = Watch(self, record, display)
@@ -191,7 +195,7 @@ class Training:
         """Loss per token on the validation split, by the weights that would translate."""
         if self.data.valid is None:
             return {}
-        model = self.state.get("ema", self.state["params"])
+        model = self._model()
         limit = self.config.train.eval_batches
         total: Sums | None = None
         for index in range(min(len(self.data.valid), limit or sys.maxsize)):
@@ -239,7 +243,14 @@ class Training:
             f"{temporary / 2**20:,.0f} MiB of temporaries per device"
         )
         smoothing = self.config.train.label_smoothing
-        return compiled, jax.jit(lambda model, batch: loss_sums(model, batch, smoothing, None))
+        held_out = jax.jit(lambda model, batch: loss_sums(model, batch, smoothing, None))
+        if self.data.valid is None:
+            return compiled, held_out
+        return compiled, held_out.lower(self._model(), batch).compile()
+
+    def _model(self) -> Transformer:
+        """The weights that would translate."""
+        return self.state.get("ema", self.state["params"])
 
     def _profile(self, since_start: int) -> None:
         if not self.config.profile or processes.index():
