@@ -250,7 +250,7 @@ class Training:
 
     def _model(self) -> Transformer:
         """The weights that would translate."""
-        return self.state.get("ema", self.state["params"])
+        return self.state["ema" if "ema" in self.state else "params"]
 
     def _profile(self, since_start: int) -> None:
         if not self.config.profile or processes.index():
