@@ -10,6 +10,7 @@ SHORT = ["at any moment", "during a save", "during a restore", "disk full"]
 SHORT += ["bit flipped in the newest checkpoint", "one process of two lost"]
 
 
+@pytest.mark.timeout(600)
 def test_disturbed_runs_end_bit_for_bit_like_undisturbed_ones(tmp_path, monkeypatch):
     kinds = {name: kill_matrix.KINDS[name] for name in SHORT}
     if not kill_matrix.may_mount():
