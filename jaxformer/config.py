@@ -91,6 +91,8 @@ class TrainConfig:
     eval_batches: int = 0  # 0: the whole validation split
     checkpoint_every: int = 1000
     keep_checkpoints: int = 5
+    keep_best: int = 1  # checkpoints kept besides, those with the lowest validation loss
+    stop_seconds: int = 120  # a run that is told to stop and has not saved by then is ended
     max_nonfinite: int = 10  # skipped updates in a row that end the run
 
 
@@ -214,6 +216,8 @@ AT_LEAST = {
     "train.eval_batches": 0,
     "train.checkpoint_every": 1,
     "train.keep_checkpoints": 1,
+    "train.keep_best": 0,
+    "train.stop_seconds": 1,
     "train.max_nonfinite": 1,
     "decode.beam": 1,
     "decode.alpha": 0.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import statistics
+import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from jaxformer import evaluate
 from jaxformer.config import Config
-from jaxformer.errors import UserError
+from jaxformer.errors import UserError, plainly_said
 from jaxformer.evaluate import Evaluation
 from jaxformer.inference.translator import Translator
 from jaxformer.metrics import read_log
@@ -147,3 +148,8 @@ def _svg(figure: Figure) -> str:
     figure.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()
     return text[text.index("<svg") :]
+
+
+if __name__ == "__main__":
+    with plainly_said():
+        finish(Path(sys.argv[1]), Console(stderr=True, soft_wrap=not sys.stderr.isatty()))

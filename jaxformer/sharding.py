@@ -65,16 +65,25 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Explicit,) * len(sizes))
 
 
-def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+def own_rows(rows: int, mesh: Mesh) -> np.ndarray:
+    """int64: which of the rows of a global batch the devices of this process hold, ascending."""
+    sharding = NamedSharding(mesh, P(RULES["batch"]))
+    spans = sharding.addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[span] for span in spans]))
+
+
+def place(batch: Mapping[str, np.ndarray], mesh: Mesh, rows: int | None = None) -> dict[str, Array]:
     """Host arrays [B, ...] as global arrays with their rows split over (data, fsdp).
 
-    Each process brings its own rows of the global batch.
+    Each process brings its own rows (`own_rows`) of the `rows` of the global batch; None: all.
     """
     return {
         name: jax.make_array_from_process_local_data(
-            NamedSharding(mesh, P(RULES["batch"], *(None,) * (rows.ndim - 1))), rows
+            NamedSharding(mesh, P(RULES["batch"], *(None,) * (own.ndim - 1))),
+            own,
+            (len(own) if rows is None else rows, *own.shape[1:]),
         )
-        for name, rows in batch.items()
+        for name, own in batch.items()
     }
 
 

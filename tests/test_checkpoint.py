@@ -120,6 +120,19 @@ def test_round_trip_is_bitwise_on_explicit_meshes(checkpoints, target):
     assert jax.tree.map(lambda a: a.sharding, got) == jax.tree.map(lambda a: a.sharding, wanted)
 
 
+@pytest.mark.parametrize("target", [(1, 1, 1, 1), (1, 2, 1, 1), (1, 4, 1, 1), (2, 1, 4, 1)])
+def test_eight_devices_as_fsdp_come_back_on_fewer_and_as_tensor(checkpoints, target):
+    with jax.set_mesh(mesh(1, 8, 1, 1)):
+        state = new_state()
+        assert "fsdp" in state["params"]["stack"]["w_LDF"].sharding.spec
+        checkpoints.save(3, state, META)
+    other = mesh(*target)
+    with jax.set_mesh(other):
+        got, _ = checkpoints.restore(abstract(new_state(seed=1)))
+    assert_same(got, state)
+    assert got["params"]["stack"]["w_LDF"].sharding.mesh.shape == other.shape
+
+
 def test_arrays_may_be_donated_as_soon_as_save_returns(checkpoints):
     train_step = jax.jit(lambda s: jax.tree.map(lambda a: a + a, s), donate_argnums=0)
     jax.block_until_ready(train_step({"params": {"w": jnp.zeros(1 << 20)}}))  # compiled
@@ -142,6 +155,19 @@ def test_last_n_are_kept_and_the_same_step_is_replaced(checkpoints):
     assert meta == checkpoints.meta() == META
     assert checkpoints.meta(5)["step"] == 5
     assert_same(checkpoints.restore(abstract(states[5]), step=5)[0], states[5])
+
+
+def test_the_best_is_kept_besides_the_last(tmp_path):
+    opened = Checkpoints(tmp_path / "run", keep=2, keep_best=1)
+    for step, score in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, 4.0)):
+        opened.save(step, new_state(seed=step), META, score)
+    opened.wait()
+    assert opened.steps() == [2, 4, 5]
+    opened.save(6, new_state(seed=6), META, 1.0)  # as good, and newer
+    opened.save(7, new_state(seed=7), META, 9.0)
+    opened.save(8, new_state(seed=8), META, 9.0)
+    opened.close()
+    assert opened.steps() == [6, 7, 8]
 
 
 def test_a_run_that_got_further_is_not_overwritten(checkpoints):

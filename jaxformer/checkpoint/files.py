@@ -6,13 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxformer.errors import UserError
 
@@ -82,23 +77,6 @@ def damage(path: Path, trees: tuple[str, ...] | None) -> str:
             except OSError as error:
                 return f"{name}: {error.strerror}"
     return ""
-
-
-def agreed(count: int, choose: Callable[[], list[int]]) -> list[int]:
-    """What process 0 chooses, `count` steps, on every process; nobody goes on where it fails."""
-    if jax.process_count() == 1:
-        return choose()
-    chosen: list[int] = [-1] * count
-    failure: Exception = UserError("The checkpoint cannot be used or written: see process 0.")
-    if jax.process_index() == 0:
-        try:
-            chosen = choose()
-        except Exception as error:
-            failure = error
-    chosen = np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(chosen))).tolist()
-    if chosen[0] < 0:
-        raise failure
-    return chosen
 
 
 def sha256(path: Path) -> str:

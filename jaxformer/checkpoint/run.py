@@ -16,10 +16,10 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp  # lives in .experimental.v1 so far; this name stays
 
+from jaxformer import processes
 from jaxformer.checkpoint.files import (
     MANIFEST,
     META,
-    agreed,
     complete_steps,
     delete,
     flush,
@@ -52,15 +52,16 @@ class Checkpoints:
     Args:
       workdir: the directory of the run; made if it is not there.
       keep: how many steps stay; older ones are deleted after each save.
+      keep_best: how many of those with the lowest score stay besides.
     """
 
-    def __init__(self, workdir: str | Path, keep: int):
+    def __init__(self, workdir: str | Path, keep: int, keep_best: int = 0):
         self.workdir = Path(workdir)
         self.directory = self.workdir / "checkpoints"
-        self.keep = keep
+        self.keep, self.keep_best = keep, keep_best
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[list[int]] | None = None
-        agreed(1, self._clean)
+        processes.shared(self._clean)
 
     def steps(self) -> list[int]:
         """The complete steps, ascending."""
@@ -70,7 +71,9 @@ class Checkpoints:
         """The last complete step, or None."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
+    def save(
+        self, step: int, state: dict[str, Any], meta: dict[str, Any], score: float | None = None
+    ) -> None:
         """Starts writing a step; returns as soon as the arrays may be donated or overwritten.
 
         Waits for the save before this one first. The same step again replaces it.
@@ -79,6 +82,7 @@ class Checkpoints:
           step: number of finished updates; no smaller than the last one saved.
           state: pytrees of jax.Arrays under "params", "ema" (optional) and any other names.
           meta: anything that JSON can hold.
+          score: what `keep_best` compares, lower is better; None: never among the best.
 
         Raises:
           UserError: a later step is there already; or the save before this one failed, see `wait`.
@@ -95,7 +99,9 @@ class Checkpoints:
         with self._tidied(path):
             with _context():
                 written = ocp.save_checkpointables_async(path.absolute(), _split(state))
-            self._saving = self._writer.submit(self._commit, path, written, text, _arrays(state))
+            self._saving = self._writer.submit(
+                self._commit, path, written, text, _arrays(state), score
+            )
 
     def wait(self) -> None:
         """Returns when the save under way, if any, is complete on disk.
@@ -105,9 +111,9 @@ class Checkpoints:
         """
         saving, self._saving = self._saving, None
         if saving is not None:
-            if jax.process_index() != 0:
+            if processes.index() != 0:
                 saving.result()
-            agreed(1, saving.result)
+            processes.shared(saving.result)
 
     def close(self) -> None:
         """Like `wait`, and ends the writing thread."""
@@ -133,7 +139,7 @@ class Checkpoints:
           UserError: no such step, it is damaged, or its arrays are not those of `abstract_state`.
         """
         self.wait()
-        path = self.directory / str(agreed(1, lambda: self._choose(step))[0])
+        path = self.directory / str(processes.shared(lambda: self._choose(step))[0])
         _check_arrays(path, _arrays(abstract_state))
         loaded = ocp.load_checkpointables(path.absolute(), _split(abstract_state))
         return loaded.pop("train", {}) | loaded, read_json(path / META)
@@ -145,7 +151,7 @@ class Checkpoints:
           UserError: no such step, or it is damaged.
         """
         self.wait()
-        chosen = agreed(1, lambda: sound_steps(self.workdir, step, 1, ())[0])[0]
+        chosen = processes.shared(lambda: sound_steps(self.workdir, step, 1, ())[0])[0]
         return read_json(self.directory / str(chosen) / META)
 
     def _clean(self) -> list[int]:
@@ -170,16 +176,18 @@ class Checkpoints:
             log.warning(message, path, reason, aside, chosen[0])
         return chosen
 
-    def _commit(self, path: Path, written: Any, meta: str, arrays: dict[str, str]) -> list[int]:
+    def _commit(
+        self, path: Path, written: Any, meta: str, arrays: dict[str, str], score: float | None
+    ) -> list[int]:
         """Runs in the writing thread: the last files, the rename, the deletion of old steps."""
         with self._tidied(path):
             written.result()
-            if jax.process_index() != 0:
+            if processes.index() != 0:
                 return []
             (path / META).write_text(meta, encoding="utf-8")
             files = sorted(file for file in path.rglob("*") if file.is_file())
             sums = {file.relative_to(path).as_posix(): sha256(file) for file in files}
-            manifest = json.dumps({"arrays": arrays, "sha256": sums}, indent=1)
+            manifest = json.dumps({"score": score, "arrays": arrays, "sha256": sums}, indent=1)
             (path / MANIFEST).write_text(manifest, encoding="utf-8")
             flush(*files, path / MANIFEST, path)
             final = path.with_suffix("")
@@ -187,9 +195,23 @@ class Checkpoints:
                 delete(final)
             path.rename(final)
             flush(self.directory)
-            for step in self.steps()[: -self.keep]:
-                delete(self.directory / str(step))
+            self._delete_old()
             return [int(final.name)]
+
+    def _delete_old(self) -> None:
+        old = self.steps()[: -self.keep]
+        scores = {step: self._score(step) for step in self.steps()} if self.keep_best else {}
+        ranked = sorted((score, -step) for step, score in scores.items() if score is not None)
+        best = {-step for _, step in ranked[: self.keep_best]}
+        for step in old:
+            if step not in best:
+                delete(self.directory / str(step))
+
+    def _score(self, step: int) -> float | None:
+        try:
+            return read_json(self.directory / str(step) / MANIFEST).get("score")
+        except (OSError, ValueError):
+            return None  # damaged: restoring will say so
 
     @contextmanager
     def _tidied(self, path: Path) -> Iterator[None]:
@@ -197,7 +219,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if jax.process_index() == 0:
+            if processes.index() == 0:
                 for leftover in self.directory.glob(f"{path.name}*"):
                     shutil.rmtree(leftover, ignore_errors=True)
             # TensorStore reports system errors as text only.
@@ -218,7 +240,7 @@ def _context() -> ocp.Context:
     saving = context.array_options.saving
     saving.use_compression = False  # a fifth less to store is not worth twice the CPU time
     # Splitting the writing of replicated arrays pays only where the writers are different hosts.
-    saving.use_replica_parallel = jax.process_count() > 1
+    saving.use_replica_parallel = processes.count() > 1
     return context
 
 

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jaxformer.checkpoint.files import META, agreed, read_json, sound_steps
+from jaxformer import processes
+from jaxformer.checkpoint.files import META, read_json, sound_steps
 from jaxformer.checkpoint.run import WEIGHTS
 from jaxformer.errors import UserError
 
@@ -44,7 +45,7 @@ def load_weights(
 
     if average < 1:
         raise UserError(f"average={average} checkpoints cannot be averaged; ask for 1 or more.")
-    newest, *others = (Path(workdir) / "checkpoints" / str(n) for n in agreed(average, choose))
+    newest, *others = (Path(workdir) / "checkpoints" / str(n) for n in processes.shared(choose))
     weights = _load_weights(newest)
     if others:
         sums = jax.tree.map(lambda w: w.astype(np.float64), weights)

@@ -30,6 +30,7 @@ from jaxformer.errors import UserError
 if TYPE_CHECKING:
     from jaxformer.data.tokens import TokenPairs
 
+Rows = slice | np.ndarray  # which rows of a global batch: a slice of them, or their numbers
 ALL = slice(None)
 VERSION = 1  # of the packing and the shuffles: changes when the same seed gives other batches
 READY = 4  # batches prepared ahead
@@ -92,11 +93,11 @@ class PackedRows:
         """Target tokens (EOS counts) of a mean batch: what a step learns from."""
         return self.packing.filled[1] / self.packing.rows * self.rows
 
-    def rows_at(self, step: int, rows: slice = ALL) -> np.ndarray:
+    def rows_at(self, step: int, rows: Rows = ALL) -> np.ndarray:
         """int64: which packed rows are in these rows of batch `step`; -1 is an empty row."""
         raise NotImplementedError
 
-    def batch_at(self, step: int, rows: slice = ALL) -> dict[str, np.ndarray]:
+    def batch_at(self, step: int, rows: Rows = ALL) -> dict[str, np.ndarray]:
         """The batch of one step, or only some rows of it; a pure function of its arguments.
 
         Args:
@@ -124,7 +125,7 @@ class PackedRows:
             "target_positions_BT": target.positions(),
         }
 
-    def example_ids_at(self, step: int, rows: slice = ALL) -> list[np.ndarray]:
+    def example_ids_at(self, step: int, rows: Rows = ALL) -> list[np.ndarray]:
         """The indices of the sentence pairs in each row of the batch, in segment order."""
         return self._ids(self.rows_at(step, rows))
 
@@ -141,7 +142,7 @@ class Batches(PackedRows):
         """Batches per pass through the data; a batch may end one epoch and begin the next."""
         return self.packing.rows / self.rows
 
-    def rows_at(self, step: int, rows: slice = ALL) -> np.ndarray:
+    def rows_at(self, step: int, rows: Rows = ALL) -> np.ndarray:
         """int64: which packed rows are in these rows of batch `step`."""
         in_stream = step * self.rows + np.arange(self.rows)[rows]
         epochs, places = np.divmod(in_stream, self.packing.rows)
@@ -161,7 +162,7 @@ class EvalBatches(PackedRows):
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return (self.batch_at(step) for step in range(len(self)))
 
-    def rows_at(self, step: int, rows: slice = ALL) -> np.ndarray:
+    def rows_at(self, step: int, rows: Rows = ALL) -> np.ndarray:
         """int64: which packed rows are in these rows of batch `step`; -1 is an empty row."""
         chosen = step * self.rows + np.arange(self.rows)[rows]
         return np.where(chosen < self.packing.rows, chosen, -1)
@@ -177,7 +178,7 @@ def eval_batches(
 
 
 def prefetch(
-    batches: PackedRows, start: int, stop: int, *, rows: slice = ALL, workers: int = 0
+    batches: PackedRows, start: int, stop: int, *, rows: Rows = ALL, workers: int = 0
 ) -> Generator[tuple[int, dict[str, np.ndarray]], None, None]:
     """Yields (step, batch) for the steps [start, stop), prepared in the background.
 
@@ -198,7 +199,7 @@ def prefetch(
         # Spawned: a fork would copy the locks of the threads that JAX runs.
         spawn = multiprocessing.get_context("spawn")
         executor = ProcessPoolExecutor(workers, spawn, _adopt, (batches,))
-        prepare: Callable[[int, slice], dict[str, np.ndarray]] = _adopted_batch_at
+        prepare: Callable[[int, Rows], dict[str, np.ndarray]] = _adopted_batch_at
     else:
         # One thread: preparing a batch holds the interpreter, so that two would take turns.
         executor, prepare = ThreadPoolExecutor(1, "batches"), batches.batch_at
@@ -225,7 +226,7 @@ def _adopt(batches: PackedRows) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _adopted_batch_at(step: int, rows: slice) -> dict[str, np.ndarray]:
+def _adopted_batch_at(step: int, rows: Rows) -> dict[str, np.ndarray]:
     return _adopted.batch_at(step, rows)
 
 

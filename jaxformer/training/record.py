@@ -64,6 +64,16 @@ class Record:
         self._events.close()
 
 
+class NoRecord:
+    """What a process has that is not the first: it computes the numbers and writes none."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class Display:
     """A live line: step, loss, learning rate, tokens per second, share of the peak, time left."""
 
