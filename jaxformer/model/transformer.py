@@ -9,6 +9,7 @@ from jax import Array
 
 from jaxformer.attention import Mask
 from jaxformer.attention.dropout import dropout
+from jaxformer.attention.platform import platform
 from jaxformer.config import ModelConfig, head_dim
 from jaxformer.model import positions
 from jaxformer.model.layers import Block, Norm, fold, weight
@@ -48,7 +49,7 @@ class Stack(nnx.Module):
         step = jax.checkpoint(layer) if self.remat else layer
         # On the CPU a loop over layers copies what the backward pass needs (10 % of a step);
         # elsewhere it keeps the program, and the time to compile it, independent of depth.
-        unroll = jax.default_backend() == "cpu"
+        unroll = platform() == "cpu"
         x_BTD, _ = jax.lax.scan(step, x_BTD, (self.blocks, jnp.arange(layers)), unroll=unroll)
         return x_BTD if self.norm is None else self.norm(x_BTD)
 
@@ -93,7 +94,7 @@ def embed(
     Sections 3.4, 3.5 and 5.4. Rotary positions are added nowhere; they turn queries and keys.
     """
     dtype = jnp.dtype(config.dtype)
-    rows = spec("batch", None, None)
+    rows = spec("batch", "length", None)
     x_BTD = weight(table_VD, dtype).at[tokens_BT].get(out_sharding=rows)
     x_BTD *= jnp.asarray(config.d_model**0.5, dtype)
     if config.positions == "sinusoidal":
@@ -200,5 +201,5 @@ def logits(model: Transformer, x_BTD: Array) -> Array:
         x_BTD,
         weight(output_table(model), x_BTD.dtype),
         preferred_element_type=jnp.float32,
-        out_sharding=spec("batch", None, "vocab"),
+        out_sharding=spec("batch", "length", "vocab"),
     )
