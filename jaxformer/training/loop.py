@@ -27,7 +27,7 @@ from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.errors import UserError
 from jaxformer.model.loss import Sums
 from jaxformer.training import flops, state
-from jaxformer.training.checks import check_layout, check_same_run
+from jaxformer.training.checks import check_same_run
 from jaxformer.training.optimizer import make, schedule
 from jaxformer.training.record import Display, Record
 from jaxformer.training.step import add_sums, loss_sums, train_step
@@ -52,8 +52,7 @@ def run(values: Mapping[str, Any], workdir: str | Path, console: Console | None 
     # Sentences are for people and scripts alike: where there is no terminal, they stay whole.
     console = console or Console(stderr=True, soft_wrap=not sys.stderr.isatty())
     mesh = sharding.make_mesh(config.mesh)
-    rows = config.data.tokens_per_batch // config.data.target_length
-    sharding.check_rows(rows // config.optimizer.accumulate, mesh)
+    sharding.check_mesh(config, mesh.shape)
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
         training = Training(config, workdir, mesh, checkpoints, console)
@@ -84,7 +83,8 @@ class Training:
         self.data = pipeline.prepare(config, tokenizer)
         if meta is not None:
             check_same_run(config, self.data.fingerprint, meta, workdir)
-        check_layout(config, self.data.tokenizer.vocab_size, mesh)
+        vocab_size, S = self.data.tokenizer.vocab_size, self.data.source_length
+        sharding.check_mesh(config, mesh.shape, vocab_size, S)
         self.optimizer = make(config)
         self.state = self._first_state(meta)
         self._announce()
