@@ -11,9 +11,12 @@ from jaxformer.errors import plainly_said
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a subcommand; a user's mistake ends in one sentence and exit code 2."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.run is not _plan:  # which takes --config.FIELD=VALUE too
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     with plainly_said():
-        arguments.run(arguments)
+        arguments.run(arguments, *([rest] if arguments.run is _plan else []))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,7 +43,22 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--beam", type=int, help="hypotheses kept; 1 is greedy")
         command.add_argument("--alpha", type=float, help="length penalty")
         command.add_argument("--average", type=int, default=1, help="mean of the last checkpoints")
+
+    plan = commands.add_parser("plan", help="what a step takes on hardware that is not here")
+    plan.set_defaults(run=_plan)
+    plan.add_argument(
+        "--config", required=True, help="configs/FILE.py:PRESET; and any --config.FIELD=VALUE"
+    )
+    plan.add_argument("--topology", required=True, help="v5p:2x2x4, 16*v5e:16x16, h100:4x8")
+    plan.add_argument("--mesh", help="such as data=2,fsdp=8; the config's own otherwise")
+    plan.add_argument("--limit", type=float, default=900.0, help="seconds for one compilation")
     return parser
+
+
+def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from jaxformer.plan import command
+
+    command.plan(arguments, overrides)
 
 
 def _translate(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,344 @@
+"""What a compiled program does, counted in its text: products, memory traffic, collectives.
+
+XLA's own cost analysis counts the body of a loop once and knows no links. Here a loop counts as
+often as it runs, and a step has loops over layers, micro-batches and chunks of the loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
+ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](\{[^}]*\})?")
+HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+NAME = re.compile(r"%([\w.\-]+)")
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all",
+    "partition-id", "replica-id", "opt-barrier", "domain", "token",
+}  # fmt: skip
+COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+    "collective-broadcast", "ragged-all-to-all",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    result: str
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Devices that exchange data, `times` in a step."""
+
+    kind: str
+    sent: float
+    """Bytes that one device sends each time, round a ring."""
+    group: tuple[int, ...]
+    """One group of devices that do it together."""
+    shape: str
+    times: int
+
+
+@dataclasses.dataclass
+class Counts:
+    """Of one device, in one step."""
+
+    flops: float = 0.0
+    """Of matrix products and convolutions; opaque kernels count as their full picture."""
+    bytes: float = 0.0
+    """Between memory and chip, if no operation finds its input on the chip already."""
+    roof: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+    """(flops, bytes) of each operation: what it takes at least is the slower of both."""
+    collectives: list[Collective] = dataclasses.field(default_factory=list)
+
+    def add(self, other: Counts, times: int = 1) -> None:
+        """Adds `other`, done `times`."""
+        self.flops += times * other.flops
+        self.bytes += times * other.bytes
+        self.roof += [(times * flops, times * moved) for flops, moved in other.roof]
+        self.collectives += [
+            dataclasses.replace(c, times=times * c.times) for c in other.collectives
+        ]
+
+
+def count(text: str) -> Counts:
+    """The counts of a compiled program's `as_text()`."""
+    computations, entry = parse(text)
+    return _Counter(computations).computation(entry)
+
+
+def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+    """All computations, {name: {instruction name: instruction}}, and the name of the entry."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, body = "", {}
+    for line in text.splitlines():
+        if line.startswith(("  ", "\t")) and " = " in line:
+            instruction = _instruction(line.strip())
+            body[instruction.name] = instruction
+        elif header := HEADER.match(line):
+            body = computations.setdefault(header[2], {})
+            entry = header[2] if header[1] else entry
+    return computations, entry
+
+
+def _instruction(line: str) -> Instruction:
+    name, _, line = line.removeprefix("ROOT ").partition(" = ")
+    result, line = _balanced(line) if line.startswith("(") else line.split(" ", 1)
+    opcode, _, line = line.strip().partition("(")
+    arguments, rest = _balanced("(" + line)
+    operands = tuple(NAME.findall(arguments))
+    if opcode in ("parameter", "constant"):
+        operands = (arguments[1:-1],)
+    return Instruction(name.lstrip("%"), result, opcode, operands, rest)
+
+
+def _balanced(text: str) -> tuple[str, str]:
+    """The text up to the parenthesis that closes its first one, and what follows."""
+    depth = 0
+    for match in re.finditer(r"[()]", text):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return text[: match.end()], text[match.end() :]
+    return text, ""
+
+
+def shape_of(result: str) -> tuple[int, ...]:
+    """The dimensions of the first array of a type."""
+    match = ARRAY.search(result)
+    return tuple(int(n) for n in match[2].split(",") if n) if match else ()
+
+
+def size(result: str, in_memory: bool = True) -> float:
+    """Bytes of all arrays of a type; with `in_memory` without those that stay on the chip."""
+    total = 0.0
+    for kind, dimensions, layout in ARRAY.findall(result):
+        on_chip = in_memory and re.search(r"S\([1-9]\)", layout)
+        bits = BITS.get(kind) or int(re.sub(r"^\D+", "", kind.split("e")[0]) or 0)
+        elements = math.prod(int(n) for n in dimensions.split(",") if n)
+        total += 0 if on_chip else elements * bits / 8
+    return total
+
+
+class _Counter:
+    def __init__(self, computations: dict[str, dict[str, Instruction]]):
+        self.computations = computations
+        self.known: dict[str, Counts] = {}
+
+    def computation(self, name: str) -> Counts:
+        if name not in self.known:
+            counts = Counts()
+            for instruction in self.computations[name].values():
+                counts.add(*self.instruction(instruction, self.computations[name]))
+            self.known[name] = counts
+        return self.known[name]
+
+    def instruction(self, i: Instruction, body: dict[str, Instruction]) -> tuple[Counts, int]:
+        kind = i.opcode.removesuffix("-start")
+        called = [n for n in _called(i) if n in self.computations]
+        if i.opcode == "while":
+            trips = self.trips(i)
+            return self.computation(_attribute(i, "body")), trips
+        if i.opcode == "conditional":
+            branches = [self.computation(n) for n in called]
+            return max(branches, key=lambda c: (c.bytes, c.flops)), 1
+        if i.opcode in ("call", "async-start"):
+            total = Counts()
+            for name in called:
+                total.add(self.computation(name))
+            return total, 1
+        if kind in COLLECTIVES:
+            return self.collective(i, kind, body), 1
+        if i.opcode in FREE or i.opcode.endswith(("-done", "-update")):
+            return Counts(), 1
+        flops = self.flops(i, body)
+        moved = self.moved(i, body)
+        return Counts(flops, moved, [(flops, moved)]), 1
+
+    def flops(self, i: Instruction, body: dict[str, Instruction]) -> float:
+        if i.opcode == "fusion":
+            inner = self.computations[_attribute(i, "calls")]
+            return sum(self.flops(j, inner) for j in inner.values())
+        shapes = [shape_of(body[name].result) for name in i.operands if name in body]
+        if i.opcode == "dot":
+            contracted = _numbers(i.rest, "lhs_contracting_dims")
+            depth = math.prod(shapes[0][axis] for axis in contracted)
+            return 2.0 * math.prod(shape_of(i.result)) * depth
+        if i.opcode == "convolution":
+            return _convolution_flops(i, shapes)
+        if i.opcode == "custom-call":
+            return _kernel_flops(i, shapes)
+        return 0.0
+
+    def moved(self, i: Instruction, body: dict[str, Instruction]) -> float:
+        """Bytes read and written, where slices of a larger array count as what is taken."""
+        if i.opcode.endswith("-start"):  # a copy between memory and chip, one way
+            return size(body[i.operands[0]].result, in_memory=False) if i.operands else 0.0
+        if i.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * size(i.result)
+        if i.opcode == "dynamic-update-slice":
+            return 2 * size(body[i.operands[1]].result)
+        results = size(i.result)
+        operands = [size(body[name].result) for name in i.operands if name in body]
+        if i.opcode == "fusion":
+            inner = self.computations[_attribute(i, "calls")]
+            operands = [_read(inner, number, whole) for number, whole in enumerate(operands)]
+            results = min(results, _written(inner, results))
+        return results + sum(operands)
+
+    def collective(self, i: Instruction, kind: str, body: dict[str, Instruction]) -> Counts:
+        group = _group(i.rest)
+        n = max(len(group), 1)
+        whole = sum(size(body[name].result, False) for name in i.operands if name in body)
+        others = (n - 1) / n
+        sent = {
+            "all-gather": whole * (n - 1),
+            "all-reduce": 2 * whole * others,
+            "reduce-scatter": whole * others,
+            "all-to-all": whole * others,
+        }.get(kind, whole)
+        one = Collective(kind, sent, group, i.result, 1)
+        alone = n == 1 and kind != "collective-permute"
+        return Counts(collectives=[] if alone else [one])
+
+    def trips(self, i: Instruction) -> int:
+        """How often a loop runs; 1 for one whose end depends on data."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest):
+            return int(known[1])
+        condition = self.computations[_attribute(i, "condition")]
+        compare = [j for j in condition.values() if j.opcode == "compare"]
+        ends = [condition[n] for j in compare for n in j.operands if n in condition]
+        numbers = [e.operands[0] for e in ends if e.opcode == "constant"]
+        return int(numbers[0]) if len(numbers) == 1 and numbers[0].isdigit() else 1
+
+
+def _attribute(i: Instruction, name: str) -> str:
+    match = re.search(rf"\b{name}=%?([\w.\-]+)", i.rest)
+    return match[1] if match else ""
+
+
+def _called(i: Instruction) -> list[str]:
+    attributes = r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+    names = re.findall(attributes, i.rest)
+    if branches := re.search(r"branch_computations=\{([^}]*)\}", i.rest):
+        names += [name.strip().lstrip("%") for name in branches[1].split(",")]
+    return names
+
+
+def _numbers(rest: str, name: str) -> list[int]:
+    match = re.search(rf"{name}=\{{([\d,]*)\}}", rest)
+    return [int(n) for n in match[1].split(",") if n] if match else []
+
+
+def _convolution_flops(i: Instruction, shapes: Sequence[tuple[int, ...]]) -> float:
+    """2 x outputs x inputs that meet; TPU writes every product of matrices as a convolution."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest)
+    assert labels is not None
+    left, right, out = labels.groups()
+    window = dict(
+        re.findall(r"(\w+)=([\w\-]+)", (re.search(r"window=\{([^}]*)\}", i.rest) or [""] * 2)[1])
+    )
+    result = shape_of(i.result)
+    pairs = float(result[out.index("b")] * result[out.index("f")] * shapes[1][right.index("i")])
+
+    def along(name: str, axis: int, default: str) -> str:
+        return window[name].split("x")[axis] if name in window else default
+
+    for axis in range(len(out) - 2):
+        digit = str(axis)
+        low = int(along("pad", axis, "0_0").split("_")[0])
+        at = (
+            np.arange(result[out.index(digit)])[:, None] * int(along("stride", axis, "1"))
+            + np.arange(shapes[1][right.index(digit)])[None] * int(along("rhs_dilate", axis, "1"))
+            - low
+        )
+        dilation = int(along("lhs_dilate", axis, "1"))
+        last = (shapes[0][left.index(digit)] - 1) * dilation
+        pairs *= int(((at >= 0) & (at <= last) & (at % dilation == 0)).sum())
+    return 2.0 * pairs
+
+
+def _kernel_flops(i: Instruction, shapes: Sequence[tuple[int, ...]]) -> float:
+    """Flash attention over its full picture (what a mask skips counts); products by libraries."""
+    if "flash_attention" in i.rest or "flash_attention" in i.name:
+        arrays = [s for s in shapes if len(s) == 4]
+        (B, H, T, K), S = arrays[0], arrays[1][2]
+        products = 5 if "backward" in i.rest.split("op_name")[-1] or len(arrays) > 4 else 2
+        return 2.0 * products * B * H * T * S * K
+    if re.search(r'custom_call_target="[^"]*(?:gemm|matmul|dot)', i.rest) and len(shapes) > 1:
+        depth = set(shapes[0]) & set(shapes[1])
+        return 2.0 * math.prod(shape_of(i.result)) * max(depth, default=1)
+    return 0.0
+
+
+def _users(inner: dict[str, Instruction], name: str) -> list[Instruction]:
+    """Who uses a value of a fusion, seen through what only renames it."""
+    found = []
+    for j in inner.values():
+        if name in j.operands:
+            found += _users(inner, j.name) if j.opcode == "bitcast" else [j]
+    return found
+
+
+def _read(inner: dict[str, Instruction], number: int, whole: float) -> float:
+    """What a fusion reads of its operand `number`, of `whole` bytes."""
+    name = next(
+        (
+            j.name
+            for j in inner.values()
+            if j.opcode == "parameter" and j.operands == (str(number),)
+        ),
+        None,
+    )
+    users = _users(inner, name) if name else []
+    if users and all(j.opcode in ("dynamic-slice", "slice", "gather") for j in users):
+        return min(whole, sum(size(j.result) for j in users))
+    if users and all(j.opcode == "dynamic-update-slice" for j in users):
+        return 0.0
+    return whole
+
+
+def _written(inner: dict[str, Instruction], whole: float) -> float:
+    """What a fusion writes: of an array updated in place, the update."""
+    updates = [j for j in inner.values() if j.opcode == "dynamic-update-slice"]
+    saved = sum(size(j.result) - size(inner[j.operands[1]].result) for j in updates)
+    return max(whole - max(saved, 0.0), 0.0)
+
+
+def _group(rest: str) -> tuple[int, ...]:
+    """The first of the groups of devices of a collective, in all forms in which XLA writes them."""
+    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
+        return int(pairs[1]), int(pairs[2])
+    if plain := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return tuple(int(n) for n in plain[1].split(","))
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest):
+        return tuple(_iota(iota[2]).reshape([int(n) for n in iota[1].split(",")])[0].tolist())
+    if mesh := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}", rest
+    ):
+        axes = {k: int(v) for k, v in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        ids = _iota(mesh[2]) if mesh[2] else np.arange(math.prod(axes.values()))
+        together = re.findall(r"'(\w+)'", mesh[3])
+        spread = ids.reshape(tuple(axes.values()))
+        first = tuple(slice(None) if name in together else 0 for name in axes)
+        return tuple(spread[first].reshape(-1).tolist())
+    return ()
+
+
+def _iota(text: str) -> np.ndarray:
+    """Device numbers in order, [2,8], seen transposed, T(1,0)."""
+    dimensions, _, order = text.partition("T")
+    shape = [int(n) for n in re.findall(r"\d+", dimensions)]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose([int(n) for n in re.findall(r"\d+", order)]) if order else ids
