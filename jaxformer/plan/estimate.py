@@ -77,7 +77,7 @@ def _traffic(
 ) -> list[Traffic]:
     summed: dict[tuple[str, str], Traffic] = {}
     for c in collectives:
-        way, rate = _way([places[n] for n in c.group if n < len(places)], target)
+        way, rate = _way([] if c.beyond else [places[n] for n in c.group], target)
         sent = c.sent * c.times
         old = summed.get((c.kind, way), Traffic(c.kind, way, 0.0, 0.0, 0))
         summed[c.kind, way] = Traffic(
@@ -87,12 +87,15 @@ def _traffic(
 
 
 def _way(members: list[tuple[int, ...]], target: Target) -> tuple[str, float]:
-    """What connects these devices, and the bytes a second that one of them sends over it."""
+    """What connects these devices, and the bytes a second that one of them sends over it.
+
+    No members are all slices.
+    """
     chip = target.chip
     varying = [len(set(numbers)) > 1 for numbers in zip(*members, strict=True)]
-    if varying and varying[0]:
+    if not members or varying[0]:
         return "network", chip.network
     if target.platform != "tpu":
         return "host", chip.link
     axes = sum(varying)  # cores of one chip stand at one place
-    return f"{axes or 1} torus axes" if axes > 1 else "1 torus axis", chip.link * max(axes, 1)
+    return f"{axes} torus axes" if axes > 1 else "1 torus axis", chip.link * max(axes, 1)

@@ -19,7 +19,7 @@ HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 NAME = re.compile(r"%([\w.\-]+)")
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all",
-    "partition-id", "replica-id", "opt-barrier", "domain", "token",
+    "partition-id", "replica-id", "opt-barrier", "domain", "token", "send", "recv",
 }  # fmt: skip
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
@@ -49,6 +49,8 @@ class Collective:
     """One group of devices that do it together."""
     shape: str
     times: int
+    beyond: bool = False
+    """Whether it goes over the network between slices, by the runtime of the hosts."""
 
 
 @dataclasses.dataclass
@@ -160,6 +162,8 @@ class _Counter:
             return total, 1
         if kind in COLLECTIVES:
             return self.collective(i, kind, body), 1
+        if i.opcode == "send" and "megascale" in i.rest:
+            return self.between_slices(i, body), 1
         if i.opcode in FREE or i.opcode.endswith(("-done", "-update")):
             return Counts(), 1
         flops = self.flops(i, body)
@@ -211,6 +215,19 @@ class _Counter:
         one = Collective(kind, sent, group, i.result, 1)
         alone = n == 1 and kind != "collective-permute"
         return Counts(collectives=[] if alone else [one])
+
+    def between_slices(self, i: Instruction, body: dict[str, Instruction]) -> Counts:
+        """What the hosts of several TPU slices exchange: a send to them and a receive."""
+        kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.rest)
+        name = kind[1].lower().replace("_", "-") if kind else "send"
+        target = re.search(r'_xla_megascale_target="\{([\d,:]*)\}', i.rest)
+        n = sum(
+            1 if ":" not in part else int(part.split(":")[1]) - int(part.split(":")[0]) + 1
+            for part in (target[1].split(",") if target else "12")
+        )
+        sent = size(body[i.operands[0]].result, False) * (n - 1) / n
+        sent *= {"all-reduce": 2, "all-gather": n}.get(name, 1)
+        return Counts(collectives=[Collective(name, sent, tuple(range(n)), i.result, 1, True)])
 
     def trips(self, i: Instruction) -> int:
         """How often a loop runs; 1 for one whose end depends on data."""

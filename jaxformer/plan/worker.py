@@ -137,14 +137,15 @@ def _compile(config: Config, target: Target) -> Compiled:
         except Exception as error:  # the compiler's own types differ from platform to platform
             if (said := _said_to_need(str(error))) is None:
                 raise
-            program, needed, counts, temporaries = None, said, hlo.Counts(), 0.0
+            program, counts, temporaries = None, hlo.Counts(), 0.0
+            needed = max(said, _bytes((like, batch)))
         seconds = time.perf_counter() - start
     if program is not None:
         counts = hlo.count(program.as_text() or "")
         memory: Any = program.memory_analysis()
-        new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        taken = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + new
-        needed = memory.argument_size_in_bytes + taken
+        # Temporaries that do not live at the same time share memory: the peak is less than a sum.
+        needed = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+        taken = max(needed - memory.argument_size_in_bytes, 0)
         activations = min(activations, taken)
         temporaries = taken - activations
     return Compiled(
@@ -224,14 +225,18 @@ def _bytes(tree: Any) -> float:
 
 
 UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
+REFUSALS = (
+    r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm",
+    r"required for HLO temporaries \(([\d.]+)([KMGT]?)\)",
+    r"allocat\w+ ([\d.]+)([KMGT]?)i?B",
+)
 
 
 def _said_to_need(words: str) -> float | None:
     """How much memory the compiler's refusal says that it needs; None for another failure."""
-    if match := re.search(r"Used ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm", words):
-        return float(match[1]) * UNITS[match[2]]
-    if match := re.search(r"allocat\w+ (\d+) bytes", words):
-        return float(match[1])
+    for form in REFUSALS:
+        if match := re.search(form, words):
+            return float(match[1]) * UNITS[match[2]]
     return None
 
 
