@@ -143,8 +143,11 @@ def _compile(config: Config, target: Target) -> Compiled:
     if program is not None:
         counts = hlo.count(program.as_text() or "")
         memory: Any = program.memory_analysis()
-        # Temporaries that do not live at the same time share memory: the peak is less than a sum.
-        needed = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+        new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new
+        if target.platform == "tpu":  # its temporaries share memory that others have left
+            needed = memory.peak_memory_in_bytes
+        needed += memory.generated_code_size_in_bytes
         taken = max(needed - memory.argument_size_in_bytes, 0)
         activations = min(activations, taken)
         temporaries = taken - activations
