@@ -60,11 +60,12 @@ def load(config: str, overrides: Sequence[str]) -> Config:
       UserError: a file, preset or field that is not there.
     """
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    argv = ["plan", f"--config={config}", *overrides]
+    config_flags.DEFINE_config_file("config", None, "", values, sys_argv=argv)
     unknown = [flag for flag in overrides if not flag.startswith("--config.")]
     if unknown:
         raise UserError(f"{unknown[0]} is not known to jaxformer plan; see jaxformer plan --help.")
-    parse_flags(["plan", f"--config={config}", *overrides], values)
+    parse_flags(argv, values)
     return Config.of(values.config)
 
 

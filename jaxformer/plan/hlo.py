@@ -13,10 +13,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
-ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](\{[^}]*\})?")
-HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-NAME = re.compile(r"%([\w.\-]+)")
+from jaxformer.plan.hlo_text import (
+    Instruction,
+    attribute,
+    called_by,
+    dimensions_of,
+    group_of,
+    parse,
+    shape_of,
+    size,
+)
+
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all",
     "partition-id", "replica-id", "opt-barrier", "domain", "token", "send", "recv",
@@ -25,17 +32,6 @@ COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
     "collective-broadcast", "ragged-all-to-all",
 )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of a computation."""
-
-    name: str
-    result: str
-    opcode: str
-    operands: tuple[str, ...]
-    rest: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,58 +77,6 @@ def count(text: str) -> Counts:
     return _Counter(computations).computation(entry)
 
 
-def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """All computations, {name: {instruction name: instruction}}, and the name of the entry."""
-    computations: dict[str, dict[str, Instruction]] = {}
-    entry, body = "", {}
-    for line in text.splitlines():
-        if line.startswith(("  ", "\t")) and " = " in line:
-            instruction = _instruction(line.strip())
-            body[instruction.name] = instruction
-        elif header := HEADER.match(line):
-            body = computations.setdefault(header[2], {})
-            entry = header[2] if header[1] else entry
-    return computations, entry
-
-
-def _instruction(line: str) -> Instruction:
-    name, _, line = line.removeprefix("ROOT ").partition(" = ")
-    result, line = _balanced(line) if line.startswith("(") else line.split(" ", 1)
-    opcode, _, line = line.strip().partition("(")
-    arguments, rest = _balanced("(" + line)
-    operands = tuple(NAME.findall(arguments))
-    if opcode in ("parameter", "constant"):
-        operands = (arguments[1:-1],)
-    return Instruction(name.lstrip("%"), result, opcode, operands, rest)
-
-
-def _balanced(text: str) -> tuple[str, str]:
-    """The text up to the parenthesis that closes its first one, and what follows."""
-    depth = 0
-    for match in re.finditer(r"[()]", text):
-        depth += 1 if match[0] == "(" else -1
-        if depth == 0:
-            return text[: match.end()], text[match.end() :]
-    return text, ""
-
-
-def shape_of(result: str) -> tuple[int, ...]:
-    """The dimensions of the first array of a type."""
-    match = ARRAY.search(result)
-    return tuple(int(n) for n in match[2].split(",") if n) if match else ()
-
-
-def size(result: str, in_memory: bool = True) -> float:
-    """Bytes of all arrays of a type; with `in_memory` without those that stay on the chip."""
-    total = 0.0
-    for kind, dimensions, layout in ARRAY.findall(result):
-        on_chip = in_memory and re.search(r"S\([1-9]\)", layout)
-        bits = BITS.get(kind) or int(re.sub(r"^\D+", "", kind.split("e")[0]) or 0)
-        elements = math.prod(int(n) for n in dimensions.split(",") if n)
-        total += 0 if on_chip else elements * bits / 8
-    return total
-
-
 class _Counter:
     def __init__(self, computations: dict[str, dict[str, Instruction]]):
         self.computations = computations
@@ -148,10 +92,10 @@ class _Counter:
 
     def instruction(self, i: Instruction, body: dict[str, Instruction]) -> tuple[Counts, int]:
         kind = i.opcode.removesuffix("-start")
-        called = [n for n in _called(i) if n in self.computations]
+        called = [n for n in called_by(i) if n in self.computations]
         if i.opcode == "while":
             trips = self.trips(i)
-            return self.computation(_attribute(i, "body")), trips
+            return self.computation(attribute(i, "body")), trips
         if i.opcode == "conditional":
             branches = [self.computation(n) for n in called]
             return max(branches, key=lambda c: (c.bytes, c.flops)), 1
@@ -172,11 +116,11 @@ class _Counter:
 
     def flops(self, i: Instruction, body: dict[str, Instruction]) -> float:
         if i.opcode == "fusion":
-            inner = self.computations[_attribute(i, "calls")]
+            inner = self.computations[attribute(i, "calls")]
             return sum(self.flops(j, inner) for j in inner.values())
         shapes = [shape_of(body[name].result) for name in i.operands if name in body]
         if i.opcode == "dot":
-            contracted = _numbers(i.rest, "lhs_contracting_dims")
+            contracted = dimensions_of(i.rest, "lhs_contracting_dims")
             depth = math.prod(shapes[0][axis] for axis in contracted)
             return 2.0 * math.prod(shape_of(i.result)) * depth
         if i.opcode == "convolution":
@@ -196,13 +140,13 @@ class _Counter:
         results = size(i.result)
         operands = [size(body[name].result) for name in i.operands if name in body]
         if i.opcode == "fusion":
-            inner = self.computations[_attribute(i, "calls")]
+            inner = self.computations[attribute(i, "calls")]
             operands = [_read(inner, number, whole) for number, whole in enumerate(operands)]
             results = min(results, _written(inner, results))
         return results + sum(operands)
 
     def collective(self, i: Instruction, kind: str, body: dict[str, Instruction]) -> Counts:
-        group = _group(i.rest)
+        group = group_of(i.rest)
         n = max(len(group), 1)
         whole = sum(size(body[name].result, False) for name in i.operands if name in body)
         others = (n - 1) / n
@@ -233,29 +177,11 @@ class _Counter:
         """How often a loop runs; 1 for one whose end depends on data."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest):
             return int(known[1])
-        condition = self.computations[_attribute(i, "condition")]
+        condition = self.computations[attribute(i, "condition")]
         compare = [j for j in condition.values() if j.opcode == "compare"]
         ends = [condition[n] for j in compare for n in j.operands if n in condition]
         numbers = [e.operands[0] for e in ends if e.opcode == "constant"]
         return int(numbers[0]) if len(numbers) == 1 and numbers[0].isdigit() else 1
-
-
-def _attribute(i: Instruction, name: str) -> str:
-    match = re.search(rf"\b{name}=%?([\w.\-]+)", i.rest)
-    return match[1] if match else ""
-
-
-def _called(i: Instruction) -> list[str]:
-    attributes = r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
-    names = re.findall(attributes, i.rest)
-    if branches := re.search(r"branch_computations=\{([^}]*)\}", i.rest):
-        names += [name.strip().lstrip("%") for name in branches[1].split(",")]
-    return names
-
-
-def _numbers(rest: str, name: str) -> list[int]:
-    match = re.search(rf"{name}=\{{([\d,]*)\}}", rest)
-    return [int(n) for n in match[1].split(",") if n] if match else []
 
 
 def _convolution_flops(i: Instruction, shapes: Sequence[tuple[int, ...]]) -> float:
@@ -331,31 +257,3 @@ def _written(inner: dict[str, Instruction], whole: float) -> float:
     updates = [j for j in inner.values() if j.opcode == "dynamic-update-slice"]
     saved = sum(size(j.result) - size(inner[j.operands[1]].result) for j in updates)
     return max(whole - max(saved, 0.0), 0.0)
-
-
-def _group(rest: str) -> tuple[int, ...]:
-    """The first of the groups of devices of a collective, in all forms in which XLA writes them."""
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
-        return int(pairs[1]), int(pairs[2])
-    if plain := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
-        return tuple(int(n) for n in plain[1].split(","))
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest):
-        return tuple(_iota(iota[2]).reshape([int(n) for n in iota[1].split(",")])[0].tolist())
-    if mesh := re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}", rest
-    ):
-        axes = {k: int(v) for k, v in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        ids = _iota(mesh[2]) if mesh[2] else np.arange(math.prod(axes.values()))
-        together = re.findall(r"'(\w+)'", mesh[3])
-        spread = ids.reshape(tuple(axes.values()))
-        first = tuple(slice(None) if name in together else 0 for name in axes)
-        return tuple(spread[first].reshape(-1).tolist())
-    return ()
-
-
-def _iota(text: str) -> np.ndarray:
-    """Device numbers in order, [2,8], seen transposed, T(1,0)."""
-    dimensions, _, order = text.partition("T")
-    shape = [int(n) for n in re.findall(r"\d+", dimensions)]
-    ids = np.arange(math.prod(shape)).reshape(shape)
-    return ids.transpose([int(n) for n in re.findall(r"\d+", order)]) if order else ids
