@@ -112,7 +112,13 @@ class _Counter:
             return Counts(), 1
         flops = self.flops(i, body)
         moved = self.moved(i, body)
-        return Counts(flops, moved, [(flops, moved)]), 1
+        counts = Counts(flops, moved, [(flops, moved)])
+        if i.opcode == "fusion":  # some compilers fuse collectives with what they overlap
+            inner = self.computations[attribute(i, "calls")]
+            for j in inner.values():
+                if (within := j.opcode.removesuffix("-start")) in COLLECTIVES:
+                    counts.add(self.collective(j, within, inner))
+        return counts, 1
 
     def flops(self, i: Instruction, body: dict[str, Instruction]) -> float:
         if i.opcode == "fusion":

@@ -100,6 +100,22 @@ def test_a_send_between_slices_goes_over_the_network():
     assert (one.kind, one.beyond, one.sent) == ("all-reduce", True, 512.0)
 
 
+def test_a_collective_inside_a_fusion_counts():
+    text = """
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %r = f32[8]{0} all-reduce(%p), replica_groups=[1,4]<=[4], to_apply=%add
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %f = f32[8]{0} fusion(%x), kind=kCustom, calls=%fused
+}
+"""
+    (one,) = hlo.count(text).collectives
+    assert (one.kind, one.sent) == ("all-reduce", 2 * 32 * 3 / 4)
+
+
 def test_a_program_of_this_machine():
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), (AxisType.Explicit,) * 2)
 
