@@ -99,7 +99,7 @@ class _Counter:
         if i.opcode == "conditional":
             branches = [self.computation(n) for n in called]
             return max(branches, key=lambda c: (c.bytes, c.flops)), 1
-        if i.opcode in ("call", "async-start"):
+        if kind in ("call", "async"):  # tpu7x calls collectives on its sparse cores
             total = Counts()
             for name in called:
                 total.add(self.computation(name))

@@ -40,7 +40,7 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
 
 
 def read(line: str) -> Instruction:
-    """An instruction from its line; operands by name, those of constants and parameters verbatim."""
+    """An instruction from its line; what a constant or a parameter holds is its operand."""
     name, _, line = line.removeprefix("ROOT ").partition(" = ")
     result, line = _balanced(line) if line.startswith("(") else line.split(" ", 1)
     opcode, _, line = line.strip().partition("(")

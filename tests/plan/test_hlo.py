@@ -100,7 +100,11 @@ def test_a_send_between_slices_goes_over_the_network():
     assert (one.kind, one.beyond, one.sent) == ("all-reduce", True, 512.0)
 
 
-def test_a_collective_inside_a_fusion_counts():
+@pytest.mark.parametrize(
+    "caller",
+    ["fusion(%x), kind=kCustom, calls=%fused", "call-start(%x), to_apply=%fused"],
+)
+def test_a_collective_inside_a_fusion_or_a_call_counts(caller):
     text = """
 %fused (p: f32[8]) -> f32[8] {
   %p = f32[8]{0} parameter(0)
@@ -109,9 +113,9 @@ def test_a_collective_inside_a_fusion_counts():
 
 ENTRY %main (x: f32[8]) -> f32[8] {
   %x = f32[8]{0} parameter(0)
-  ROOT %f = f32[8]{0} fusion(%x), kind=kCustom, calls=%fused
+  ROOT %f = f32[8]{0} CALLER
 }
-"""
+""".replace("CALLER", caller)
     (one,) = hlo.count(text).collectives
     assert (one.kind, one.sent) == ("all-reduce", 2 * 32 * 3 / 4)
 
