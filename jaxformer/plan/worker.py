@@ -77,8 +77,10 @@ def compile_step(config: Config, target: Target, limit: float) -> Compiled:
     answer = done.stdout.strip().splitlines()
     if done.returncode or not answer:
         words = [line for line in done.stderr.splitlines() if line.strip()] or ["no word"]
+        errors = [line for line in words if re.match(r"[\w.]+(Error|Exception|Refusal)?: ", line)]
         raise UserError(
-            f"The compiler for {target.name} failed (exit code {done.returncode}): {words[-1]}"
+            f"The compiler for {target.name} failed (exit code {done.returncode}): "
+            f"{(errors or words)[-1][:500]}"
         )
     result = json.loads(answer[-1])
     if "refused" in result:

@@ -35,7 +35,7 @@ BATCHES = [packed(seed) for seed in range(4)]
 BOUND = 1e-5
 """Measured on 13 meshes: losses within 2.1e-7 of one device, parameters within 5.8e-6."""
 MESHES = [
-    (1, 1, 1, 2), (1, 1, 4, 1), (8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2),
+    (2, 1, 1, 1), (1, 1, 1, 2), (1, 1, 4, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2),
 ]  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def test_every_device_holds_its_share_of_the_state_and_the_batch(sizes):
 
 
 KINDS = {
-    "data": ((8, 1, 1, 1), "ring", {"all-reduce"}),
+    "data": ((2, 1, 1, 1), "ring", {"all-reduce"}),
     "fsdp": ((1, 8, 1, 1), "ring", {"all-gather", "all-reduce"}),
     "tensor": ((1, 1, 4, 1), "ring", {"all-reduce"}),
     "a ring": ((1, 1, 1, 2), "ring", {"all-reduce", "collective-permute"}),
