@@ -41,6 +41,7 @@ def gather(
     mask = dataclasses.replace(mask, kv_segments_BS=segments[0] if segments else None)
     here = jax.lax.axis_index(axis).astype(jnp.int32)
     extras = _moved(extras, here * q_BTHK.shape[1], jnp.int32(0))
+    extras = dataclasses.replace(extras, shifted=True)
     return implementation(q_BTHK, k_BSGK, v_BSGK, mask, extras)
 
 
@@ -55,7 +56,8 @@ def ring(
 ) -> tuple[Array, Array]:
     """Parts of keys and values travel round; results over each part are put together.
 
-    A device never holds more than two parts, forward or backward.
+    A device never holds more than two parts, forward or backward. With a causal mask, parts that
+    come later in the rows are passed on and not looked at.
     """
     extras.refuse("ring", "a bias")
     return _ring(q_BTHK, k_BSGK, v_BSGK, mask, extras, implementation, axis)
@@ -69,8 +71,14 @@ def _ring(q_BTHK, k_BSGK, v_BSGK, mask, extras, implementation, axis):
 def _forward(q_BTHK, k_BSGK, v_BSGK, mask, extras, implementation, axis):
     def add_part(step, carry):
         (k, v, segments), out_BTHK, lse_BHT = carry
-        part_mask, part_extras = _of_part(step, axis, q_BTHK, k, segments, mask, extras)
-        more_BTHK, more_lse_BHT = implementation(q_BTHK, k, v, part_mask, part_extras)
+
+        def look(mask, extras):
+            return implementation(q_BTHK, k, v, mask, extras)
+
+        arguments = (step, axis, q_BTHK, k, segments, mask, extras)
+        more_BTHK, more_lse_BHT = _of_part(
+            look, (nothing[0].astype(v.dtype), nothing[1]), *arguments
+        )
         total_BHT = jnp.logaddexp(lse_BHT, more_lse_BHT)
         out_BTHK = _share(lse_BHT, total_BHT) * out_BTHK
         out_BTHK += _share(more_lse_BHT, total_BHT) * more_BTHK.astype(jnp.float32)
@@ -97,17 +105,22 @@ def _backward(implementation, axis, saved, gradients):
 
     def add_part(step, carry):
         (k, v, segments), (k_grad, v_grad), q_grad_BTHK = carry
-        part_mask, part_extras = _of_part(step, axis, q_BTHK, k, segments, mask, extras)
-        (part_BTHK, part_lse_BHT), pull = jax.vjp(
-            lambda q, k, v: implementation(q, k, v, part_mask, part_extras), q_BTHK, k, v
-        )
-        share_BTH1 = _share(part_lse_BHT, lse_BHT)
-        beyond_BTHK = part_BTHK.astype(jnp.float32) - out_BTHK.astype(jnp.float32)
-        part_lse_grad_BTH1 = (out_grad_BTHK * beyond_BTHK).sum(-1, keepdims=True)
-        part_lse_grad_BTH1 += lse_grad_BHT.swapaxes(1, 2)[..., None]
-        part_lse_grad_BHT = (share_BTH1 * part_lse_grad_BTH1)[..., 0].swapaxes(1, 2)
-        part_grad_BTHK = (share_BTH1 * out_grad_BTHK).astype(part_BTHK.dtype)
-        q_more, k_more, v_more = pull((part_grad_BTHK, part_lse_grad_BHT))
+
+        def look(mask, extras):
+            (part_BTHK, part_lse_BHT), pull = jax.vjp(
+                lambda q, k, v: implementation(q, k, v, mask, extras), q_BTHK, k, v
+            )
+            share_BTH1 = _share(part_lse_BHT, lse_BHT)
+            beyond_BTHK = part_BTHK.astype(jnp.float32) - out_BTHK.astype(jnp.float32)
+            part_lse_grad_BTH1 = (out_grad_BTHK * beyond_BTHK).sum(-1, keepdims=True)
+            part_lse_grad_BTH1 += lse_grad_BHT.swapaxes(1, 2)[..., None]
+            part_lse_grad_BHT = (share_BTH1 * part_lse_grad_BTH1)[..., 0].swapaxes(1, 2)
+            part_grad_BTHK = (share_BTH1 * out_grad_BTHK).astype(part_BTHK.dtype)
+            return pull((part_grad_BTHK, part_lse_grad_BHT))
+
+        nothing = jax.tree.map(jnp.zeros_like, (q_BTHK, k, v))
+        arguments = (step, axis, q_BTHK, k, segments, mask, extras)
+        q_more, k_more, v_more = _of_part(look, nothing, *arguments)
         grads = (k_grad + k_more.astype(jnp.float32), v_grad + v_more.astype(jnp.float32))
         passed_on = _passed_on((k, v, segments), axis), _passed_on(grads, axis)
         return *passed_on, q_grad_BTHK + q_more.astype(jnp.float32)
@@ -124,12 +137,19 @@ def _backward(implementation, axis, saved, gradients):
 _ring.defvjp(_forward, _backward)
 
 
-def _of_part(step, axis, q_BTHK, k_BSGK, segments, mask, extras) -> tuple[Mask, Extras]:
-    """Mask and extras for the part of the keys that is here after `step` hand-overs."""
+def _of_part(look, nothing, step, axis, q_BTHK, k_BSGK, segments, mask, extras):
+    """`look(mask, extras)` at the part that is here after `step` hand-overs, or `nothing`."""
     here, devices = jax.lax.axis_index(axis).astype(jnp.int32), jax.lax.axis_size(axis)
     owner = (here - step.astype(jnp.int32)) % devices
-    moved = _moved(extras, here * q_BTHK.shape[1], owner * k_BSGK.shape[1])
-    return dataclasses.replace(mask, kv_segments_BS=segments), moved
+    extras = _moved(extras, here * q_BTHK.shape[1], owner * k_BSGK.shape[1])
+    mask = dataclasses.replace(mask, kv_segments_BS=segments)
+    if not mask.causal or mask.window is not None or q_BTHK.shape[1] != k_BSGK.shape[1]:
+        return look(mask, dataclasses.replace(extras, shifted=True))
+    # Of equal parts a later one is unseen, an earlier one seen by all, and one's own is causal as
+    # if rows began here.
+    seen = dataclasses.replace(mask, causal=False)
+    branches = [lambda: nothing, lambda: look(mask, extras), lambda: look(seen, extras)]
+    return jax.lax.switch(jnp.sign(here - owner) + 1, branches)
 
 
 def _moved(extras: Extras, query: Array, key: Array) -> Extras:

@@ -42,6 +42,8 @@ def pallas_tpu(
 ) -> tuple[Array, Array]:
     """Attention of any length and head size; on other machines than a TPU it is interpreted."""
     extras.refuse("pallas_tpu", "a bias", "ALiBi", "a soft cap")
+    if extras.shifted and (mask.causal or mask.window is not None):
+        raise NotImplementedError("pallas_tpu attention counts places from the start of the rows")
     (B, T), S = q_BTHK.shape[:2], k_BSGK.shape[1]
     static = Static(
         mask.causal,
