@@ -9,17 +9,17 @@ from absl import flags
 from jaxformer.errors import UserError
 
 
-def parse_flags(argv: Sequence[str]) -> None:
-    """Parses the command line into `absl.flags.FLAGS`.
+def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
+    """Parses the command line into `values`, which define a flag `config`.
 
     Raises:
       UserError: an unknown flag or field (the nearest is named), a value of the wrong type, or a
         config file that is not there or fails.
     """
     try:
-        flags.FLAGS(argv)
+        values(argv)
         # A file that failed to load says so only when it is asked for.
-        _ = list(flags.FLAGS.config or ())
+        _ = list(values.config or ())
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from error
     except (AttributeError, KeyError) as error:

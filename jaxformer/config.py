@@ -42,6 +42,9 @@ class ModelConfig:
     max_length: int = 1024  # longest sentence in tokens; the size of the learned position table
     dtype: str = "float32"  # compute type of the matrix products: float32 | bfloat16
     remat: bool = False  # recompute each layer in the backward pass
+    # How devices that share a row (mesh.context) see each other's keys: ring (they travel, one part
+    # at a time: least memory) | gather (all at once: fewest messages).
+    context_keys: str = "ring"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +189,7 @@ CHOICES = {
     "model.norm_position": ("post", "pre"),
     "model.positions": ("sinusoidal", "learned", "rotary", "none"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.context_keys": ("ring", "gather"),
     "optimizer.name": ("adam", "adamw"),
     "optimizer.schedule": ("paper", "cosine", "linear"),
 }

@@ -11,11 +11,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxformer import trees
-from jaxformer.config import MeshConfig, ModelConfig
+from jaxformer.config import Config, MeshConfig, ModelConfig
 from jaxformer.errors import UserError
 from jaxformer.model import Transformer, forward
 from jaxformer.model.loss import cross_entropy
-from jaxformer.sharding import check_rows, make_mesh, place
+from jaxformer.sharding import check_mesh, make_mesh, mesh_shape, place
 
 V, ROWS, LENGTH = 64, 8, 16
 AXES = ("data", "fsdp", "tensor", "context")
@@ -38,6 +38,9 @@ MESHES = [
     ((1, 8, 1, 1), PAPER),
     ((1, 1, 8, 1), PAPER),
     ((2, 2, 2, 1), PAPER),
+    ((1, 1, 1, 8), PAPER),
+    ((1, 2, 2, 2), PAPER),
+    ((2, 1, 1, 4), MODERN),
     ((4, 1, 2, 1), MODERN),
 ]
 
@@ -195,8 +198,62 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes):
         make_mesh(MeshConfig(*sizes))
 
 
-def test_rows_that_cannot_be_dealt_out_evenly_are_refused():
-    mesh = make_mesh(MeshConfig(2, 2, 2, 1))
-    check_rows(12, mesh)
-    with pytest.raises(UserError, match=r"has 10 rows.*over 4 devices.*tokens_per_batch"):
-        check_rows(10, mesh)
+@pytest.mark.parametrize(
+    ("sizes", "devices", "near"),
+    [
+        ((3, 1, 1, 1), 8, "data=8"),
+        ((4, 1, 1, 1), 8, "data=8"),
+        ((16, 1, 1, 1), 8, "data=8"),
+        ((2, 8, 1, 1), 8, "fsdp=8|data=2,fsdp=4"),
+    ],
+)
+def test_the_nearest_mesh_of_all_devices_is_named(sizes, devices, near):
+    with pytest.raises(UserError) as refusal:
+        mesh_shape(MeshConfig(*sizes), devices)
+    assert any(f"or take {mesh}." in str(refusal.value) for mesh in near.split("|"))
+
+
+WMT = {"data": {"target_length": 256, "tokens_per_batch": 96 * 256}}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "words"),
+    [
+        ((64, 1, 1, 1), {}, "data=64 x config.mesh.fsdp=1 does not divide the rows.*=96; take"),
+        ((1, 8, 1, 1), {"model": {"d_model": 20, "num_heads": 5}}, "d_model=20; take data=2,fsdp="),
+        ((1, 1, 16, 1), {}, "tensor=16 does not divide config.model.num_heads=8; take data=2,tens"),
+        ((1, 1, 8, 1), {"model": {"num_kv_heads": 2}}, "key heads=2; take data=4,tensor=2"),
+        ((1, 1, 1, 3), {}, "context=3 does not divide config.data.target_length=256; take data=3"),
+        ((1, 1, 1, 8), {"data": {"source_length": 300}}, "source_length=300; take data=2,context="),
+    ],
+    ids=str,
+)
+def test_a_mesh_that_cannot_split_evenly_is_refused_with_the_nearest_that_can(
+    sizes, changes, words
+):
+    values = {part: WMT.get(part, {}) | changes.get(part, {}) for part in WMT.keys() | changes}
+    config, shape = Config.of(values), dict(zip(AXES, sizes, strict=True))
+    with pytest.raises(UserError, match=words) as refusal:
+        check_mesh(config, shape)
+    named = dict(
+        part.split("=")
+        for part in str(refusal.value).split("take ")[1].strip(".").split(", or")[0].split(",")
+    )
+    near = dict.fromkeys(AXES, 1) | {axis: int(size) for axis, size in named.items()}
+    assert math.prod(near.values()) == math.prod(sizes)
+    check_mesh(config, near)
+
+
+def test_a_vocabulary_that_tensor_does_not_divide_is_refused_when_it_is_known():
+    config, shape = Config.of(WMT), dict(zip(AXES, (1, 1, 8, 1), strict=True))
+    check_mesh(config, shape)
+    with pytest.raises(UserError, match=r"tensor=8 does not divide the vocabulary=300; take data="):
+        check_mesh(config, shape, vocab_size=300)
+
+
+def test_more_devices_than_rows_ask_for_a_larger_batch():
+    config, shape = Config.of(WMT), dict(zip(AXES, (1024, 1, 1, 1), strict=True))
+    with pytest.raises(
+        UserError, match=r"or raise config\.data\.tokens_per_batch.*multiple of 1024"
+    ):
+        check_mesh(config, shape)

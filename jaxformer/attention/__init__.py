@@ -6,16 +6,17 @@ import functools
 import logging
 from typing import Literal, overload
 
-import jax
 from jax import Array
 
 from jaxformer.attention.blockwise import blockwise
+from jaxformer.attention.context import Implementation
 from jaxformer.attention.dense import dense
 from jaxformer.attention.extras import Extras
 from jaxformer.attention.mask import Mask
 from jaxformer.attention.pallas_tpu import pallas_tpu
+from jaxformer.attention.platform import platform
 from jaxformer.attention.reference import reference
-from jaxformer.attention.sharded import Implementation, sharded
+from jaxformer.attention.sharded import sharded
 
 __all__ = ["IMPLEMENTATIONS", "Mask", "attention"]
 
@@ -43,6 +44,7 @@ def attention(
     soft_cap: float | None = ...,
     dropout: tuple[float, Array] | None = ...,
     implementation: str | None = ...,
+    context_keys: str = ...,
     return_lse: Literal[False] = ...,
 ) -> Array: ...
 @overload
@@ -57,6 +59,7 @@ def attention(
     soft_cap: float | None = ...,
     dropout: tuple[float, Array] | None = ...,
     implementation: str | None = ...,
+    context_keys: str = ...,
     return_lse: Literal[True],
 ) -> tuple[Array, Array]: ...
 def attention(
@@ -70,6 +73,7 @@ def attention(
     soft_cap: float | None = None,
     dropout: tuple[float, Array] | None = None,
     implementation: str | None = None,
+    context_keys: str = "ring",
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
     """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) for many heads at once.
@@ -85,6 +89,7 @@ def attention(
       dropout: (rate, key) of the dropout on the weights, or None.
       implementation: a name in `IMPLEMENTATIONS`; None takes the first that can serve, and
         implementations in blocks only from `SHORT` on.
+      context_keys: how devices that share a row see each other's keys: "ring" or "gather".
       return_lse: also return the log-sum-exp of each query's scores, with which results over parts
         of the keys can be put together.
 
@@ -102,7 +107,7 @@ def attention(
     refusals = []
     for name in names:
         try:
-            out = sharded(IMPLEMENTATIONS[name], q_BTHK, k_BSGK, v_BSGK, mask, extras)
+            out = sharded(IMPLEMENTATIONS[name], q_BTHK, k_BSGK, v_BSGK, mask, extras, context_keys)
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
             continue
@@ -130,7 +135,7 @@ def _check(q_BTHK, k_BSGK, v_BSGK, bias, alibi, implementation) -> None:
 
 
 def _order(T: int, S: int) -> tuple[str, ...]:
-    left_out = {"pallas_tpu"} if jax.default_backend() != "tpu" else set()
+    left_out = {"pallas_tpu"} if platform() != "tpu" else set()
     if T * S < SHORT:
         left_out |= {"pallas_tpu", "blockwise"}
     return tuple(name for name in IMPLEMENTATIONS if name not in left_out)

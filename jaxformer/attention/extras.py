@@ -43,6 +43,8 @@ class Extras:
     """Heads of queries in the whole."""
     keys: int = dataclasses.field(default=0, metadata=_static)
     """Length of the keys in the whole."""
+    shifted: bool = dataclasses.field(default=False, metadata=_static)
+    """Whether the first query and the first key may stand at different places of their rows."""
 
     @classmethod
     def of(

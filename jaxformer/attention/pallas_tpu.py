@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxformer.attention.extras import NOTHING, Extras
 from jaxformer.attention.mask import Mask
+from jaxformer.attention.platform import platform
 from jaxformer.attention.tpu_blocks import (
     Static,
     bounds,
@@ -41,6 +42,8 @@ def pallas_tpu(
 ) -> tuple[Array, Array]:
     """Attention of any length and head size; on other machines than a TPU it is interpreted."""
     extras.refuse("pallas_tpu", "a bias", "ALiBi", "a soft cap")
+    if extras.shifted and (mask.causal or mask.window is not None):
+        raise NotImplementedError("pallas_tpu attention counts places from the start of the rows")
     (B, T), S = q_BTHK.shape[:2], k_BSGK.shape[1]
     static = Static(
         mask.causal,
@@ -53,7 +56,7 @@ def pallas_tpu(
         extras.keys,
         min(BLOCK_Q, pl.cdiv(T, LANES) * LANES),
         min(BLOCK_K, pl.cdiv(S, LANES) * LANES),
-        jax.default_backend() != "tpu" and INTERPRET,
+        platform() != "tpu" and INTERPRET,
     )
     q_segments_BT, kv_segments_BS = mask.q_segments_BT, mask.kv_segments_BS
     if q_segments_BT is None or kv_segments_BS is None:

@@ -1,9 +1,9 @@
-"""Attention on many devices: each computes its own rows and heads, and is told which they are."""
+"""Attention on many devices: each computes its own rows, heads and part of the queries."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -12,10 +12,9 @@ from jax import Array
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from jaxformer.attention.context import TRAVEL, Implementation
 from jaxformer.attention.extras import Extras
 from jaxformer.attention.mask import Mask
-
-Implementation = Callable[[Array, Array, Array, Mask, Extras], tuple[Array, Array]]
 
 
 def sharded(
@@ -25,22 +24,28 @@ def sharded(
     v_BSGK: Array,
     mask: Mask,
     extras: Extras,
+    context_keys: str,
 ) -> tuple[Array, Array]:
     """`implementation` on each device's rows and heads, as the layout of the queries deals them.
 
-    Rows of the batch and heads do not meet in attention, so no device needs what another has.
+    Rows of the batch and heads do not meet in attention, so no device needs what another has. Where
+    rows are cut along their length, `context_keys` ("ring" or "gather") says how keys travel.
 
     Raises:
-      NotImplementedError: the queries are split along their length or within a head.
+      NotImplementedError: the queries are split within a head, or over several axes along their
+        length; or a bias goes round the ring.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1 or AxisType.Explicit not in mesh.axis_types:
         return implementation(q_BTHK, k_BSGK, v_BSGK, mask, extras)
     rows, length, heads, within = _spec(q_BTHK)
-    if _size(mesh, length) > 1 or _size(mesh, within) > 1:
+    if _size(mesh, within) > 1 or len(_names(length)) > 1:
         raise NotImplementedError(
-            f"attention is split over rows and heads, not as {q_BTHK.sharding}"
+            f"attention is split over rows, length and heads, not as {q_BTHK.sharding}"
         )
+    if _size(mesh, length) > 1:
+        (axis,) = _names(length)
+        implementation = functools.partial(TRAVEL[context_keys], implementation, axis)
 
     def part(q_BTHK, k_BSGK, v_BSGK, mask, extras):
         row = _index(mesh, rows) * q_BTHK.shape[0]
@@ -49,12 +54,12 @@ def sharded(
         extras = dataclasses.replace(extras, origin_4=extras.first + here_4)
         return implementation(q_BTHK, k_BSGK, v_BSGK, mask, extras)
 
-    array = P(rows, None, heads, None)
-    mask_specs = jax.tree.map(lambda _: P(rows, None), mask)
+    array = P(rows, length, heads, None)
+    mask_specs = jax.tree.map(lambda _: P(rows, length), mask)
     bias = extras.bias_BHTS
     shared = bias is not None and bias.shape[0] == 1
     layouts: dict[str, Any] = {
-        "bias_BHTS": P(None if shared else rows, heads, None, None),
+        "bias_BHTS": P(None if shared else rows, heads, length, None),
         "slopes_H": P(heads),
         "words_2": P(),
         "origin_4": P(),
@@ -65,7 +70,7 @@ def sharded(
     inputs = (q_BTHK, k_BSGK, v_BSGK, mask, extras)
     inputs = jax.tree.map(jax.sharding.reshard, inputs, specs)
     return jax.shard_map(
-        part, in_specs=specs, out_specs=(array, P(rows, heads, None)), check_vma=False
+        part, in_specs=specs, out_specs=(array, P(rows, heads, length)), check_vma=False
     )(*inputs)
 
 

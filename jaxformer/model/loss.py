@@ -10,7 +10,7 @@ from jax import Array
 
 from jaxformer.model.layers import weight
 from jaxformer.model.transformer import Transformer, output_table
-from jaxformer.sharding import spec
+from jaxformer.sharding import context_size, spec
 
 CHUNK_TOKENS = 1024
 """Target tokens, per device, whose logits exist at one time.
@@ -61,7 +61,7 @@ def _sums_fwd(x_BTD, table_VD, targets_BT, weights_BT, smoothing):
         logits_nV = _logits(x_nD, table_VD)
         sums = _add(sums, _chunk_sums(logits_nV, targets_n, weights_n, smoothing))
         grad_nV = _logit_gradient(logits_nV, targets_n, weights_n, smoothing).astype(x_nD.dtype)
-        x_grad_nD = jnp.einsum("nv,vd->nd", grad_nV, table_VD, out_sharding=spec("batch", None))
+        x_grad_nD = jnp.einsum("nv,vd->nd", grad_nV, table_VD, out_sharding=spec("tokens", None))
         table_grad_VD += jnp.einsum(
             "nv,nd->vd",
             grad_nV,
@@ -75,11 +75,7 @@ def _sums_fwd(x_BTD, table_VD, targets_BT, weights_BT, smoothing):
     (sums, table_grad_VD), x_grad_CnD = jax.lax.scan(
         chunk, (_zeros(), zero_grad_VD), _chunks(x_BTD, targets_BT, weights_BT)
     )
-    B, T, D = x_BTD.shape
-    C, n, _ = x_grad_CnD.shape
-    layout = spec(None, "batch", None, None)
-    x_grad_CBtD = x_grad_CnD.reshape(C, B, n // B, D, out_sharding=layout)
-    x_grad_BTD = jnp.moveaxis(x_grad_CBtD, 0, 1).reshape(B, C * (n // B), D)[:, :T]
+    x_grad_BTD = _joined(x_grad_CnD, *x_BTD.shape[:2])
     return sums, (x_grad_BTD, table_grad_VD.astype(table_VD.dtype))
 
 
@@ -93,24 +89,45 @@ _sums.defvjp(_sums_fwd, _sums_bwd)
 
 
 def _chunks(*arrays: Array) -> tuple[Array, ...]:
-    """Each [B, T, ...] as [C, n, ...]: cut along time, so that rows stay on their devices.
+    """Each [B, T, ...] as [C, n, ...]: cut along time, so that tokens stay on their devices.
 
-    Where C does not divide T, the last chunk is filled up with zeros: tokens of weight 0.
+    Where the mesh cuts rows into c parts of P positions, each chunk has t of every part. Where C
+    does not divide P, the last chunk is filled up with zeros: tokens of weight 0.
     """
     B, T = arrays[0].shape[:2]
+    c = context_size()
+    P = T // c
     most = CHUNK_TOKENS * max(jax.sharding.get_abstract_mesh().size, 1)
-    C = -(-T // max(most // B, 1))
-    t = -(-T // C)
+    C = -(-P // max(most // (B * c), 1))
+    t = -(-P // C)
 
     def cut(array: Array) -> Array:
+        whole = (None,) * (array.ndim - 2)
         features = array.shape[2:]
-        if C * t > T:
-            array = jnp.pad(array, [(0, 0), (0, C * t - T), *((0, 0) for _ in features)])
-        cut_CBt = jnp.moveaxis(array.reshape(B, C, t, *features), 1, 0)
-        layout = spec(None, "batch", *(None for _ in features))
-        return cut_CBt.reshape(C, B * t, *features, out_sharding=layout)
+        parts = spec("batch", "length", None, *whole)
+        array_BcP = jax.lax.reshape(array, (B, c, P, *features), out_sharding=parts)
+        if C * t > P:
+            padding = [(0, 0), (0, 0), (0, C * t - P), *((0, 0) for _ in features)]
+            array_BcP = jnp.pad(array_BcP, padding)
+        chunks = spec("batch", "length", None, None, *whole)
+        array_BcCt = array_BcP.reshape(B, c, C, t, *features, out_sharding=chunks)
+        array_CcBt = jnp.moveaxis(array_BcCt, (2, 1), (0, 1))
+        tokens = spec(None, "tokens", *whole)
+        return array_CcBt.reshape(C, c * B * t, *features, out_sharding=tokens)
 
     return tuple(cut(array) for array in arrays)
+
+
+def _joined(x_CnD: Array, B: int, T: int) -> Array:
+    """The inverse of `_chunks`: [B, T, D]."""
+    C, n, D = x_CnD.shape
+    c = context_size()
+    chunks = spec(None, "length", "batch", None, None)
+    x_CcBtD = x_CnD.reshape(C, c, B, n // (B * c), D, out_sharding=chunks)
+    x_BcCtD = jnp.moveaxis(x_CcBtD, (0, 1), (2, 1))
+    parts = spec("batch", "length", None, None)
+    x_BcPD = x_BcCtD.reshape(B, c, -1, D, out_sharding=parts)[:, :, : T // c]
+    return x_BcPD.reshape(B, T, D, out_sharding=spec("batch", "length", None))
 
 
 def _logits(x_nD, table_VD):
@@ -119,7 +136,7 @@ def _logits(x_nD, table_VD):
         x_nD,
         table_VD,
         preferred_element_type=jnp.float32,
-        out_sharding=spec("batch", "vocab"),
+        out_sharding=spec("tokens", "vocab"),
     )
 
 

@@ -11,6 +11,7 @@ from jax import Array
 
 from jaxformer.attention import Mask
 from jaxformer.attention.dropout import dropout
+from jaxformer.attention.platform import platform
 from jaxformer.config import ModelConfig, head_dim
 from jaxformer.model import positions
 from jaxformer.model.layers import Block, Norm, Record, fold, weight
@@ -57,7 +58,7 @@ class Stack(nnx.Module):
         step = jax.checkpoint(layer) if self.remat else layer
         # On the CPU a loop over layers copies what the backward pass needs (10 % of a step);
         # elsewhere it keeps the program, and the time to compile it, independent of depth.
-        unroll = jax.default_backend() == "cpu"
+        unroll = platform() == "cpu"
         x_BTD, seen = jax.lax.scan(step, x_BTD, (self.blocks, jnp.arange(layers)), unroll=unroll)
         if record is not None:
             record |= seen
@@ -107,7 +108,7 @@ def embed(
     A `record` receives embedding_BTD, without positions, and input_BTD, with them.
     """
     dtype = jnp.dtype(config.dtype)
-    rows = spec("batch", None, None)
+    rows = spec("batch", "length", None)
     x_BTD = weight(table_VD, dtype).at[tokens_BT].get(out_sharding=rows)
     x_BTD *= jnp.asarray(config.d_model**0.5, dtype)
     embedding_BTD = x_BTD
@@ -268,5 +269,5 @@ def logits(model: Transformer, x_BTD: Array) -> Array:
         x_BTD,
         weight(output_table(model), x_BTD.dtype),
         preferred_element_type=jnp.float32,
-        out_sharding=spec("batch", None, "vocab"),
+        out_sharding=spec("batch", "length", "vocab"),
     )

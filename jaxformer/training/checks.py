@@ -1,4 +1,4 @@
-"""Whether a run may go on where another left off, and whether its mesh can hold the model."""
+"""Whether a run may go on where another left off."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
-
-from jaxformer.config import Config, kv_heads
+from jaxformer.config import Config
 from jaxformer.errors import UserError
 
 FREE_TO_CHANGE = ("train", "decode", "mesh", "profile")
@@ -30,7 +28,9 @@ def check_same_run(config: Config, fingerprint: str, meta: dict[str, Any], workd
             if isinstance(values, dict)
             else [""] * (values != there[section])
         )
-        differing = [name for name in differing if name not in ("data_dir", "workers")]
+        differing = [
+            name for name in differing if name not in ("data_dir", "workers", "context_keys")
+        ]
         if differing:
             name = ".".join(filter(None, (section, differing[0])))
             raise UserError(
@@ -42,28 +42,3 @@ def check_same_run(config: Config, fingerprint: str, meta: dict[str, Any], workd
             f"{workdir} was trained on other data than config.data now gives; bring the old data "
             "back, or choose another --workdir."
         )
-
-
-def check_layout(config: Config, vocab_size: int, mesh: Mesh) -> None:
-    """Refuses a mesh that cannot split the parameters evenly.
-
-    Raises:
-      UserError: names what is to be split, and over how many devices.
-    """
-    model = config.model
-    split = {
-        "fsdp": {"config.model.d_model": model.d_model},
-        "tensor": {
-            "config.model.num_heads": model.num_heads,
-            "the number of key heads": kv_heads(model),
-            "config.model.d_ff": model.d_ff,
-            "the vocabulary": vocab_size,
-        },
-    }
-    for axis, sizes in split.items():
-        for name, size in sizes.items():
-            if size % mesh.shape[axis]:
-                raise UserError(
-                    f"config.mesh.{axis}={mesh.shape[axis]} does not divide {name}={size}; change "
-                    "one of them."
-                )

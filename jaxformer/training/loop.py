@@ -28,7 +28,7 @@ from jaxformer.metrics import read_log
 from jaxformer.model import Transformer
 from jaxformer.model.loss import Sums
 from jaxformer.training import state
-from jaxformer.training.checks import check_layout, check_same_run
+from jaxformer.training.checks import check_same_run
 from jaxformer.training.goodput import Goodput, told
 from jaxformer.training.optimizer import make
 from jaxformer.training.record import Display, NoRecord, Record
@@ -65,7 +65,7 @@ def train(values: Mapping[str, Any], workdir: str | Path, console: Console) -> b
     """
     config, workdir = Config.of(values), Path(workdir)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_rows(batch_rows(config) // config.optimizer.accumulate, mesh)
+    sharding.check_mesh(config, mesh.shape)
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_best)
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
         training = Training(config, workdir, mesh, checkpoints, console)
@@ -107,7 +107,8 @@ class Training:
             self.data = _prepared(config, tokenizer)
             if meta is not None:
                 check_same_run(config, self.data.fingerprint, meta, workdir)
-            check_layout(config, self.data.tokenizer.vocab_size, mesh)
+            vocab_size, S = self.data.tokenizer.vocab_size, self.data.source_length
+            sharding.check_mesh(config, mesh.shape, vocab_size, S)
             self.optimizer = make(config)
             self.state = self._first_state(meta)
         self._announce()

@@ -47,7 +47,7 @@ def gradients(
         # Micro-batch i takes every k-th row, so that no row leaves its device.
         micro_batches = {
             name: jnp.moveaxis(
-                rows.reshape(-1, k, rows.shape[1], out_sharding=spec("batch", None, None)), 1, 0
+                rows.reshape(-1, k, rows.shape[1], out_sharding=spec("batch", None, "length")), 1, 0
             )
             for name, rows in batch.items()
         }

@@ -62,12 +62,3 @@ def test_rows_and_heads_on_8_devices_give_what_one_gives(name, case):
     for got, wanted in zip(jax.tree.leaves(spread), jax.tree.leaves(alone), strict=True):
         assert len(got.sharding.device_set) == 8
         assert error(got, np.asarray(wanted)) <= 2e-6
-
-
-def test_queries_split_along_their_length_are_refused():
-    mesh = jax.make_mesh((8,), ("context",), (AxisType.Explicit,))
-    x = jnp.zeros((1, 16, 2, 8))
-    with jax.set_mesh(mesh):
-        x = jax.device_put(x, NamedSharding(mesh, P(None, "context", None, None)))
-        with pytest.raises(NotImplementedError, match="rows and heads"):
-            attention(x, x, x, Mask())

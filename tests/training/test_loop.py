@@ -175,19 +175,6 @@ def test_a_run_goes_on_with_its_own_data_and_seed_only(tmp_path):
         checks.check_same_run(Config.of(values | {"seed": 1}), "abc", META, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("mesh", "words"),
-    [
-        ({"data": 1, "fsdp": 8}, r"mesh\.fsdp=8 does not divide config\.model\.d_model=20"),
-        ({"data": 4, "tensor": 2}, r"mesh\.tensor=2 does not divide .*num_heads=5"),
-    ],
-)
-def test_a_mesh_that_cannot_split_the_model_is_refused(mesh, words):
-    config = Config.of({"model": {"d_model": 20, "num_heads": 5}, "mesh": mesh})
-    with pytest.raises(UserError, match=words):
-        checks.check_layout(config, 300, loop.sharding.make_mesh(config.mesh))
-
-
 def test_a_batch_smaller_than_the_mesh_is_refused_before_anything_is_written(folder, tmp_path):
     assert jax.device_count() == 8
     with pytest.raises(UserError, match=r"mesh"):

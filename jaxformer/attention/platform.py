@@ -1,0 +1,15 @@
+"""For which kind of machine a program is being made."""
+
+from __future__ import annotations
+
+import jax
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": that of the mesh, which need not be a machine that is here.
+
+    Ahead-of-time compilation sets a mesh of devices that are only described; without a mesh it is
+    the machine at hand.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
