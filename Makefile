@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 CONFIG ?= configs/zh_en.py:laptop
 WORKDIR ?= runs/laptop
 
-.PHONY: venv train test lint format clean
+.PHONY: venv train test test-long lint format clean
 
 venv: $(STAMP)
 
@@ -22,7 +22,11 @@ train: $(STAMP)
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR)
 
 test: $(STAMP)
-	$(BIN)/pytest -n 2 --dist loadgroup $(TESTS)
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not long" $(TESTS)
+
+# Clusters, schedulers and kills on this machine: real processes, one test at a time.
+test-long: $(STAMP)
+	$(BIN)/pytest -m long --timeout=900 $(TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import kill_matrix
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.long]
 
 SHORT = ["at any moment", "during a save", "during a restore", "disk full"]
 SHORT += ["bit flipped in the newest checkpoint", "one process of two lost"]

@@ -196,7 +196,7 @@ def test_a_rehearsal_runs_the_job_and_leaves_its_workdir_alone(tmp_path):
     write_text(tmp_path)
     options = flags(small(tmp_path, mesh__data=1, mesh__fsdp=2, model__num_heads=2))
     launch = ["-m", "jaxformer.cli", "launch", "--rehearse", "--devices", "2", "--"]
-    options += ["--config=configs/tsv.py", f"--workdir={tmp_path / 'run'}"]
+    options = ["--config=configs/tsv.py", *options, f"--workdir={tmp_path / 'run'}"]
     done = subprocess.run(
         [sys.executable, *launch, *options],
         cwd=ROOT,

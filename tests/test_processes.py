@@ -4,30 +4,29 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
-from process_cases import ROOT, ended, free_port, start, together
+from process_cases import ended, free_port, start, together
 from run_cases import flags, small, write_text
 
-from jaxformer import processes
-from jaxformer.errors import UserError
-from jaxformer.processes.roll import _difference
+pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.long]
 
-pytestmark = pytest.mark.xdist_group("processes")
-
+STEPS = 50
 OPTIONS = {
     "model__dropout": 0.1,
+    "optimizer__epsilon": 1e-6,
     "optimizer__ema_decay": 0.9,
     "data__valid": "",
     "data__test": "",
+    "train__steps": STEPS,
+    "train__checkpoint_every": STEPS // 2,
     "train__keep_checkpoints": 9,
 }
+MIXED = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def assert_same(got, wanted):
 
 @pytest.fixture(scope="module")
 def runs(folder, tmp_path_factory):
-    """8 steps in one process on 1 and 2 devices, and in two processes, as fsdp."""
+    """50 steps in one process on 1 and 2 devices, and in two of 1 and 4 devices, by folder."""
     root = tmp_path_factory.mktemp("runs")
     (code,), said = ended([start(options(folder, root / "one"))])
     assert code == 0, said
@@ -77,24 +76,27 @@ def runs(folder, tmp_path_factory):
     both = options(folder, root / "two", mesh__data=1, mesh__fsdp=2)
     codes, said = together(both, 2)
     assert codes == [0, 0], said
+    codes, mixed_said = together(options(folder, root / "mixed", **MIXED), 2, devices=4)
+    assert codes == [0, 0], mixed_said
     return root, said
 
 
-def test_two_processes_train_as_one(runs):
+@pytest.mark.parametrize("name", ["two", "mixed"])
+def test_two_processes_train_as_one(runs, name):
     root, _ = runs
-    one, two = arrays(root / "one", 8), arrays(root / "two", 8)
+    one, two = arrays(root / "one", STEPS), arrays(root / name, STEPS)
     assert one.keys() == two.keys()
-    for name, array in one.items():
+    for leaf, array in one.items():
         scale = max(np.abs(array).max(), 1e-3)
-        np.testing.assert_allclose(two[name], array, rtol=1e-5, atol=1e-5 * scale, err_msg=name)
-    assert [step for step, _ in losses(root / "two")] == [*range(1, 9)]
-    np.testing.assert_allclose(losses(root / "two"), losses(root / "one"), rtol=1e-5)
+        np.testing.assert_allclose(two[leaf], array, rtol=1e-5, atol=1e-5 * scale, err_msg=leaf)
+    assert [step for step, _ in losses(root / name)] == [*range(1, STEPS + 1)]
+    np.testing.assert_allclose(losses(root / name), losses(root / "one"), rtol=1e-5)
 
 
 def test_the_same_layout_is_bitwise_the_same_in_one_process_and_in_two(runs):
     root, _ = runs
     assert losses(root / "two") == losses(root / "two_devices")
-    assert_same(arrays(root / "two", 8), arrays(root / "two_devices", 8))
+    assert_same(arrays(root / "two", STEPS), arrays(root / "two_devices", STEPS))
 
 
 def test_process_0_alone_speaks_and_says_where_the_time_went(runs):
@@ -110,13 +112,13 @@ def test_a_run_goes_on_in_another_number_of_processes(runs, folder, tmp_path, wr
     """Half by two processes and half by one, on the same layout, is bitwise the whole run."""
     root, _ = runs
     shutil.copytree(root / writer, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
     run = options(folder, tmp_path / "run", mesh__data=1, mesh__fsdp=2)
     codes, said = together(run, 2) if readers == 2 else ended([start(run, devices=2)])
     assert set(codes) == {0}, said
-    assert "Going on from step 4" in said[0]
+    assert f"Going on from step {STEPS // 2}" in said[0]
     assert losses(tmp_path / "run") == losses(root / "two")
-    assert_same(arrays(tmp_path / "run", 8), arrays(root / "two", 8))
+    assert_same(arrays(tmp_path / "run", STEPS), arrays(root / "two", STEPS))
 
 
 def test_a_process_that_never_starts_is_named(folder, tmp_path):
@@ -195,68 +197,3 @@ def test_a_signal_to_one_process_saves_on_all(folder, tmp_path):
     (step,) = os.listdir(tmp_path / "run" / "checkpoints")
     assert f"Stopped at step {step}" in said[0]
     assert losses(tmp_path / "run")[-1][0] == int(step)
-
-
-def test_flags_say_which_process_this_is():
-    assert processes.find_place("host:80", 2, 1) == processes.Place("host:80", 2, 1)
-    assert processes.find_place("host:80", 1, 0) is None
-    for given in (("host:80", 2, None), (None, None, 0)):
-        with pytest.raises(UserError, match="must be given too"):
-            processes.find_place(*given)
-    with pytest.raises(UserError, match="from 0 to 1"):
-        processes.find_place("host:80", 2, 2)
-    with pytest.raises(UserError, match="host and port"):
-        processes.find_place("host", 2, 1)
-
-
-SCHEDULERS = {
-    "slurm": {
-        "SLURM_JOB_ID": "7",
-        "SLURM_STEP_NODELIST": "node[3-4]",
-        "SLURM_NTASKS": "4",
-        "SLURM_PROCID": "3",
-        "SLURM_LOCALID": "1",
-    },
-    "open mpi": {
-        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
-        "OMPI_COMM_WORLD_SIZE": "4",
-        "OMPI_COMM_WORLD_RANK": "3",
-        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-    },
-}
-
-
-@pytest.mark.parametrize(("scheduler", "host"), [("slurm", "node3"), ("open mpi", "10.96.0.1")])
-def test_schedulers_say_which_process_this_is(monkeypatch, scheduler, host):
-    for name, value in SCHEDULERS[scheduler].items():
-        monkeypatch.setenv(name, value)
-    place = processes.find_place(None, None, None)
-    assert (place.count, place.index) == (4, 3)
-    assert place.coordinator.rpartition(":")[0] == host
-
-
-def test_the_first_difference_is_named():
-    def said(**prints):
-        return {"host": "b", "prints": prints}
-
-    assert _difference({0: said(code="1", jax="2"), 1: said(code="1", jax="2")}) == ""
-    words = _difference({0: said(code="1"), 1: said(code="1"), 2: said(code="3")})
-    assert words.startswith("Process 2 (b) has code = 3, process 0 has 1;")
-    assert "has code = nothing" in _difference({0: said(code="1"), 1: said()})
-
-
-def test_alone_everything_is_shared_already():
-    assert (processes.index(), processes.count()) == (0, 1)
-    assert processes.shared(lambda: [3]) == [3]
-    processes.check_same("data", "abc")
-
-
-def test_a_save_that_takes_too_long_ends_the_process():
-    code = (
-        "import time\nfrom jaxformer.training.stopping import time_limit\n"
-        "with time_limit(5): pass\n"
-        "with time_limit(1): time.sleep(60)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "not on disk 1 s after the signal to stop" in done.stderr

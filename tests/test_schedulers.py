@@ -13,7 +13,7 @@ from schedulers import slurm, why_no_slurm
 from jaxformer.launch.job import Job
 from jaxformer.launch.render import render
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
