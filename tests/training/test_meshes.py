@@ -1,5 +1,6 @@
 """The same training on any mesh: fifty steps on 1 to 8 devices, and what is in the program."""
 
+import contextlib
 import functools
 import math
 import re
@@ -11,6 +12,7 @@ from jax.sharding import AxisType, Mesh
 from training_cases import TINY, V, change, packed
 
 from jaxformer import trees
+from jaxformer.checkpoint import Checkpoints
 from jaxformer.plan import hlo_text
 from jaxformer.plan.hlo import COLLECTIVES
 from jaxformer.sharding import AXES, place
@@ -81,6 +83,26 @@ def test_fifty_steps_are_those_of_one_device(sizes):
         if name.startswith(("params/", "ema/")) and "key_bias" not in name:
             error = abs(spread[name] - value).max() / abs(value).max()
             assert error <= BOUND, (name, error)
+
+
+def test_a_trained_state_saved_as_fsdp_comes_back_on_any_mesh(tmp_path):
+    program, init = compiled((1, 8, 1, 1))
+    mesh = mesh_of((1, 8, 1, 1))
+    with contextlib.closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
+        with jax.set_mesh(mesh):
+            state, _ = program(init(), place(BATCHES[0], mesh))
+        checkpoints.save(1, training_state.to_named(state), {})
+        wanted = trees.flatten(state)
+        for sizes in [(1, 1, 1, 1), (1, 2, 1, 1), (1, 4, 1, 1), (1, 1, 4, 1), (2, 2, 2, 1)]:
+            other = mesh_of(sizes)
+            with jax.set_mesh(other):
+                like = training_state.abstract(CONFIG, V, make(CONFIG), other)
+            named, _ = checkpoints.restore(training_state.to_named(like))
+            restored = trees.flatten(training_state.from_named(like, named))
+            assert restored.keys() == wanted.keys()
+            for name, leaf in restored.items():
+                assert leaf.sharding.mesh.shape == other.shape
+                np.testing.assert_array_equal(leaf, wanted[name], err_msg=name)
 
 
 def shards(name: str, mesh: dict[str, int]) -> int:
