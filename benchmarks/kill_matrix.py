@@ -18,7 +18,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from jaxformer.launch.local import free_port
 
 ROOT = Path(__file__).parent.parent
 STEPS, EVERY = 40, 4
@@ -267,7 +268,7 @@ def disturbed(
                 assert "is damaged" in job.said(), "the damage was not reported"
             got = content(job.workdir)
         except AssertionError as error:
-            trouble = str(error)
+            trouble = f"{error}; it said: {job.said()[-1000:]}"
         finally:
             job.kill()
             job.wait()
@@ -352,13 +353,6 @@ def write_text(folder: Path) -> None:
     rows = [rng.choices(list(WORDS), k=rng.randint(1, 6)) for _ in range(300)]
     text = "".join("".join(r) + "\t" + " ".join(WORDS[w] for w in r) + "\n" for r in rows)
     (folder / "train.tsv").write_text(text, encoding="utf-8")
-
-
-def free_port() -> int:
-    """A TCP port that nobody uses at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager

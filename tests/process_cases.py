@@ -1,11 +1,12 @@
 """Several real processes of `train.py` on a small job: started, waited for, read."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from jaxformer.launch.local import free_port
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 100.0  # seconds; what still runs then hangs
@@ -21,12 +22,6 @@ def environment(devices: int = 1) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start(options, place=None, devices=1):

@@ -10,8 +10,10 @@ import jax
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
-from process_cases import ended, free_port, start, together
+from process_cases import ended, start, together
 from run_cases import flags, small, write_text
+
+from jaxformer.launch.local import free_port
 
 pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.long]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -17,6 +19,7 @@ from jaxformer.errors import UserError
 
 OWN_END = 15.0  # seconds in which the processes may end by themselves after one has failed
 STOP_END = 10.0  # seconds from SIGTERM to SIGKILL after that
+PORTS = range(20_000, 30_000)  # below those that systems hand out by themselves
 
 
 def run(
@@ -41,7 +44,7 @@ def run(
     """
     if not Path("train.py").exists():
         raise UserError("There is no train.py in this directory; run this in jaxformer's own.")
-    port = _free_port()
+    port = free_port()
     out = out or sys.stdout
     processes = []
     lock = threading.Lock()
@@ -122,7 +125,10 @@ def _show(index: int, process: subprocess.Popen[str], out: IO[str], lock: thread
             out.flush()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port() -> int:
+    """A TCP port that nobody uses, and that no outgoing connection will be given."""
+    for port in random.sample(PORTS, len(PORTS)):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise UserError(f"No port from {PORTS[0]} to {PORTS[-1]} is free on this machine.")
