@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxformer.checkpoint import Checkpoints, load_weights
+from jaxformer.checkpoint import Checkpoints, files, load_weights
 from jaxformer.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -214,6 +214,7 @@ DAMAGES = {
     "flipped_bit": lambda path: flip(largest_file(path / "train")),
     "no_meta": lambda path: (path / "meta.json").unlink(),
     "no_manifest": lambda path: (path / "manifest.json").unlink(),
+    "no_seal": lambda path: (path / "manifest.sha256").unlink(),
 }
 
 
@@ -230,6 +231,20 @@ def test_a_damaged_newest_step_is_set_aside_with_one_warning(checkpoints, caplog
     assert checkpoints.steps() == [1]
     saved(checkpoints, 2)
     assert checkpoints.restore(abstract(states[2]))[1]["step"] == 2
+
+
+def test_no_bit_of_any_file_can_change_unseen(checkpoints):
+    saved(checkpoints, 1)
+    step = checkpoints.directory / "1"
+    for file in (f for f in step.rglob("*") if f.is_file()):
+        written = file.read_bytes()
+        for place in range(0, len(written), 1 if file.parent == step else 97):
+            changed = bytearray(written)
+            changed[place] ^= 1 << place % 8
+            file.write_bytes(changed)
+            assert files.damage(step, None), (file, place)
+        file.write_bytes(written)
+    assert not files.damage(step, None)
 
 
 def test_a_damaged_step_asked_for_by_number_is_an_error(checkpoints):

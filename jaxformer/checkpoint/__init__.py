@@ -4,7 +4,8 @@ A step is one directory, `<workdir>/checkpoints/<step>`:
 
     params/ ema/ train/   an Orbax checkpoint each, so that a translator reads only weights
     meta.json             what the caller wants to know of the run: config, tokenizer, step
-    manifest.json         shape and dtype of every array, SHA-256 of every other file
+    manifest.json         shape and dtype of every array, SHA-256 of every file above
+    manifest.sha256       that of the manifest
 
 It is written as `<step>.partial` and renamed when every byte is on disk, so a directory with a bare
 number is complete. What happens to it later the checksums tell: "damaged" always means that a file

@@ -12,6 +12,7 @@ from typing import Any
 from jaxformer.errors import UserError
 
 META, MANIFEST = "meta.json", "manifest.json"
+SEAL = "manifest.sha256"  # as sha256sum writes it: `sha256sum -c` in the step's directory checks it
 
 
 def complete_steps(directory: Path) -> list[int]:
@@ -66,9 +67,11 @@ def sound_steps(
 def damage(path: Path, trees: tuple[str, ...] | None) -> str:
     """Which file of the step is not what was written; "" if all are."""
     try:
+        if (path / SEAL).read_bytes() != sealing(path).encode():
+            return f"{MANIFEST} has changed since it was written"
         sums = read_json(path / MANIFEST)["sha256"]
     except (OSError, ValueError, LookupError):
-        return f"{MANIFEST} cannot be read"
+        return f"{MANIFEST} or {SEAL} cannot be read"
     for name, digest in sums.items():
         if trees is None or "/" not in name or name.split("/")[0] in trees:
             try:
@@ -77,6 +80,11 @@ def damage(path: Path, trees: tuple[str, ...] | None) -> str:
             except OSError as error:
                 return f"{name}: {error.strerror}"
     return ""
+
+
+def sealing(path: Path) -> str:
+    """What the seal of a step says: the checksum of the file that holds all other checksums."""
+    return f"{sha256(path / MANIFEST)}  {MANIFEST}\n"
 
 
 def sha256(path: Path) -> str:

@@ -20,10 +20,12 @@ from jaxformer import processes
 from jaxformer.checkpoint.files import (
     MANIFEST,
     META,
+    SEAL,
     complete_steps,
     delete,
     flush,
     read_json,
+    sealing,
     sha256,
     sound_steps,
 )
@@ -189,7 +191,8 @@ class Checkpoints:
             sums = {file.relative_to(path).as_posix(): sha256(file) for file in files}
             manifest = json.dumps({"score": score, "arrays": arrays, "sha256": sums}, indent=1)
             (path / MANIFEST).write_text(manifest, encoding="utf-8")
-            flush(*files, path / MANIFEST, path)
+            (path / SEAL).write_text(sealing(path), encoding="utf-8")
+            flush(*files, path / MANIFEST, path / SEAL, path)
             final = path.with_suffix("")
             if final.exists():
                 delete(final)
