@@ -12,6 +12,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from process_cases import ended, start, together
 from run_cases import flags, small, write_text
+from training_cases import BOUND, agree
 
 from jaxformer.launch.local import free_port
 
@@ -87,12 +88,9 @@ def runs(folder, tmp_path_factory):
 def test_two_processes_train_as_one(runs, name):
     root, _ = runs
     one, two = arrays(root / "one", STEPS), arrays(root / name, STEPS)
-    assert one.keys() == two.keys()
-    for leaf, array in one.items():
-        scale = max(np.abs(array).max(), 1e-3)
-        np.testing.assert_allclose(two[leaf], array, rtol=1e-5, atol=1e-5 * scale, err_msg=leaf)
+    agree(two, one)
     assert [step for step, _ in losses(root / name)] == [*range(1, STEPS + 1)]
-    np.testing.assert_allclose(losses(root / name), losses(root / "one"), rtol=1e-5)
+    np.testing.assert_allclose(losses(root / name), losses(root / "one"), rtol=BOUND)
 
 
 def test_the_same_layout_is_bitwise_the_same_in_one_process_and_in_two(runs):
