@@ -3,8 +3,11 @@
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 from pathlib import Path
+
+from docutils import nodes
 
 HERE = Path(__file__).parent
 WORKDIR = Path(os.environ.setdefault("JAXFORMER_WORKDIR", str(HERE.parent / "runs" / "steve")))
@@ -24,7 +27,7 @@ html_static_path = ["_static", f"{MATHJAX}/static/mathjax/tex-svg.js"]
 mathjax_path = "tex-svg.js"
 mathjax3_config = {"options": {"enableMenu": False}}
 html_css_files = ["tour.css"]
-html_copy_source = html_show_sourcelink = html_show_sphinx = False
+html_show_copyright = html_copy_source = html_show_sourcelink = html_show_sphinx = False
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -34,6 +37,8 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_output_stderr = "remove"
 nb_merge_streams = True
+nb_code_prompt_show = "The code · 代码"
+nb_code_prompt_hide = "Hide · 收起"
 
 
 def digest_of_code_and_model() -> str:
@@ -54,6 +59,18 @@ for old in CACHES.glob("*"):
         shutil.rmtree(old)
 
 
+CHINESE = "[\u3000-\u9fff\uff00-\uffef“”]"
+
+
+def joined(app, document, name=""):
+    """Takes away line breaks between Chinese characters, which browsers show as spaces."""
+    for text in list(document.findall(nodes.Text)):
+        whole = re.sub(f"(?<={CHINESE})\n(?={CHINESE})", "", text)
+        if whole != text and not isinstance(text.parent, nodes.literal_block):
+            text.parent.replace(text, nodes.Text(whole))
+
+
 def setup(app):
     """Reads all pages anew when the digest has changed."""
     app.add_config_value("digest", DIGEST, "env", str)
+    app.connect("doctree-resolved", joined)

@@ -19,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxformer import Translator
+from jaxformer.data.batches import eval_batches
+from jaxformer.data.tokens import TokenPairs
 
 ROOT = Path(__file__).parents[2]
 WORKDIR = Path(os.environ.get("JAXFORMER_WORKDIR") or ROOT / "runs" / "steve")
@@ -108,10 +110,19 @@ def animated(figure: Figure, paths: dict[str, tuple[Axes, np.ndarray]]) -> SVG:
     )
 
 
-def tokens(translator: Translator, text: str) -> tuple[list[int], list[str]]:
-    """The ids of a text, and the pieces that they stand for."""
-    ids = translator.tokenizer.encode([text])[0]
-    return ids, translator.tokenizer.pieces(ids)
+def batch(
+    translator: Translator, pairs: Sequence[tuple[str, str]], lengths: tuple[int, int] = (32, 32)
+) -> dict[str, np.ndarray]:
+    """Sentence pairs as training sees them, by the data layer of the library.
+
+    Args:
+      translator: whose tokenizer cuts them.
+      pairs: (source, target); neighbours share a row where they fit.
+      lengths: source and target positions of a row.
+    """
+    encode = translator.tokenizer.encode
+    pairs_of_ids = TokenPairs.of(*(encode(side) for side in zip(*pairs, strict=True)))
+    return eval_batches(pairs_of_ids, len(pairs), *lengths).batch_at(0)
 
 
 def equal(a: Any, b: Any, tolerance: float = 1e-5) -> bool:
