@@ -7,7 +7,10 @@ STAMP := $(VENV)/.installed
 CONFIG ?= configs/zh_en.py:laptop
 WORKDIR ?= runs/laptop
 
-.PHONY: venv train test test-long lint format clean
+DOCS_STAMP := $(VENV)/.installed-docs
+TOUR := $(or $(JAXFORMER_WORKDIR),runs/steve)
+
+.PHONY: venv train test test-long docs lint format clean
 
 venv: $(STAMP)
 
@@ -25,8 +28,20 @@ test: $(STAMP)
 	$(BIN)/pytest -n 2 --dist loadgroup -m "not long" $(TESTS)
 
 # Clusters, schedulers and kills on this machine: real processes, one test at a time.
-test-long: $(STAMP)
+test-long: $(DOCS_STAMP) runs/steve/report.html
 	$(BIN)/pytest -m long --timeout=900 $(TESTS)
+
+# The guided tour, on the model in runs/steve (trained first, 3 minutes) or in JAXFORMER_WORKDIR.
+docs: $(DOCS_STAMP) $(TOUR)/report.html
+	JAXFORMER_WORKDIR=$(abspath $(TOUR)) $(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
+	@echo "The tour is at file://$(abspath docs/_build/html/index.html)"
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
+	@touch $@
+
+runs/steve/report.html: | $(STAMP)
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python train.py --config=configs/steve.py --workdir=runs/steve
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -38,4 +53,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
