@@ -28,7 +28,7 @@ test: $(STAMP)
 	$(BIN)/pytest -n 2 --dist loadgroup -m "not long" $(TESTS)
 
 # Clusters, schedulers and kills on this machine: real processes, one test at a time.
-test-long: $(DOCS_STAMP) runs/steve/report.html
+test-long: $(STAMP)
 	$(BIN)/pytest -m long --timeout=900 $(TESTS)
 
 # The guided tour, on the model in runs/steve (trained first, 3 minutes) or in JAXFORMER_WORKDIR.
