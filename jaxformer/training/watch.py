@@ -33,6 +33,7 @@ class Watch:
             data.source_length,
             config.data.target_length,
         )
+        self.fastest = 0.0  # the highest rate of a step, in FLOP/s
         self.pending: tuple[int, dict[str, Array]] | None = None
         self.clock = time.perf_counter()
         self.since = {"seconds": 0.0, "tokens": 0.0, "steps": 0.0}  # the last record
@@ -58,6 +59,7 @@ class Watch:
             "tokens": values["count"],
             "skipped": values["skipped"],
         }
+        self.fastest = max(self.fastest, self.flops / seconds)
         speed, share = values["count"] / seconds, self.flops / seconds / self.peak
         self.display.update(done, numbers["loss"], numbers["learning_rate"], speed, share)
         more = {"seconds": seconds, "tokens": values["count"], "steps": 1.0}
@@ -80,8 +82,8 @@ class Watch:
         self.flush()
         with self.training.goodput.spend("evaluation"):
             held_out = self.training.held_out()
-            # Another program may have slowed the products that were timed before.
-            self.peak = max(self.peak, flops.matmul_peak(self.training.config.model.dtype))
+            if self.fastest > self.peak:  # another program slowed the products that were timed
+                self.peak = max(self.peak, flops.matmul_peak(self.training.config.model.dtype))
         if held_out:
             self.record.write(done, held_out)
         self.clock = time.perf_counter()

@@ -18,7 +18,7 @@ from jaxformer.checkpoint import Checkpoints
 from jaxformer.config import Config
 from jaxformer.errors import UserError
 from jaxformer.inference.translator import Translator
-from jaxformer.training import checks, loop
+from jaxformer.training import checks, loop, watch
 from jaxformer.training.record import Display
 
 pytestmark = pytest.mark.xdist_group("loop")
@@ -48,6 +48,17 @@ def finished(folder, tmp_path_factory):
     reached, text = run(small(folder, profile=True, train__steps=16), workdir)
     assert reached
     return workdir, text
+
+
+def test_a_peak_that_a_step_has_beaten_is_measured_again_and_no_other(
+    folder, tmp_path, monkeypatch
+):
+    peaks = iter([1.0, 1e15])
+    monkeypatch.setattr(watch.flops, "matmul_peak", lambda dtype: next(peaks))
+    values = small(folder, train__steps=6, train__eval_every=2, train__log_every=2)
+    assert loop.train(values, tmp_path, Console(file=io.StringIO()))
+    shares = [r["share_of_peak"] for r in log(tmp_path) if "share_of_peak" in r]
+    assert shares[0] > 1 > max(shares[1:])
 
 
 def test_a_run_says_what_it_does_and_leaves_everything(finished):
