@@ -29,7 +29,7 @@ test: $(STAMP)
 
 # Clusters, schedulers and kills on this machine: real processes, one test at a time.
 test-long: $(STAMP)
-	$(BIN)/pytest -m long --timeout=900 $(TESTS)
+	$(BIN)/pytest -m long $(TESTS)
 
 # The guided tour, on the model in runs/steve (trained first, 3 minutes) or in JAXFORMER_WORKDIR.
 docs: $(DOCS_STAMP) $(TOUR)/report.html
