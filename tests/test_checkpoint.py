@@ -356,7 +356,7 @@ def test_a_full_disk_is_one_sentence_and_costs_no_earlier_step(tmp_path):
         assert_same(checkpoints.restore(abstract(small))[0], small)
         checkpoints.close()
     finally:
-        subprocess.run(["umount", str(small_disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(small_disk)], check=True)
 
 
 FAILS_AT_ONCE = """

@@ -159,7 +159,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_step_before(folder, tmp_path):
         assert kept.steps()[-1] == kept.meta()["step"] < 40
         kept.close()
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 META = {"config": json.loads(Config().to_json()), "data_fingerprint": "abc"}
