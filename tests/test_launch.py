@@ -1,5 +1,6 @@
 """`jaxformer launch`: processes of this machine, launch files, and the rehearsal of a job."""
 
+import dataclasses
 import io
 import os
 import signal
@@ -185,6 +186,23 @@ def test_shrinking_leaves_what_the_mesh_cuts():
     rows = int(sizes["data.tokens_per_batch"]) // int(sizes["data.target_length"])
     assert rows == 8 * 2
     assert not {"model.num_heads", "data.vocab_size"} & sizes.keys()
+
+
+def test_a_rehearsal_knows_what_the_flags_of_the_job_change(monkeypatch):
+    started = []
+    monkeypatch.setattr(local, "run", lambda flags, *_: started.extend(flags) or 0)
+    changes = ["--config.optimizer.accumulate=4", "--config.data.target_length=32"]
+    assert rehearse([f"--config={ROOT}/configs/steve.py", *changes], 2, 2) == 0
+    sizes = dict(flag.removeprefix("--config.").split("=") for flag in started)
+    rows = int(sizes["data.tokens_per_batch"]) // int(sizes["data.target_length"])
+    assert rows == 2 * 4  # a row for each micro-batch of each device
+
+
+def test_a_job_has_as_many_devices_as_its_hosts_bring():
+    job = Job(name="x", config="c", workdir="w", hosts=3)
+    assert job.devices == 3
+    assert dataclasses.replace(job, gpus_per_host=8, processes_per_host=8).devices == 24
+    assert dataclasses.replace(job, tpu="v5p-32", tpus_per_host=4).devices == 12
 
 
 def test_devices_must_go_round():

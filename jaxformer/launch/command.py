@@ -29,7 +29,7 @@ def launch(arguments: argparse.Namespace) -> None:
         _write(job, arguments)
     elif arguments.rehearse:
         processes = arguments.rehearse
-        devices = arguments.devices or (job.hosts * max(job.gpus_per_host, 1) if job else processes)
+        devices = arguments.devices or (job.devices if job else processes)
         sys.exit(rehearse(flags, processes, devices))
     else:
         devices = arguments.devices

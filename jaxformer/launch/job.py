@@ -39,6 +39,11 @@ class Job:
         return self.hosts * self.processes_per_host
 
     @property
+    def devices(self) -> int:
+        """How many devices its mesh is made of."""
+        return self.hosts * (self.tpus_per_host if self.tpu else max(self.gpus_per_host, 1))
+
+    @property
     def train_flags(self) -> tuple[str, ...]:
         """The flags of `train.py`, the same for all processes."""
         return (f"--config={self.config}", f"--workdir={self.workdir}", *self.flags)

@@ -5,12 +5,11 @@ All but the sizes is the job's own: flags, config, mesh, data, roll call, checkp
 
 from __future__ import annotations
 
-import runpy
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from jaxformer.command_line import load_config
 from jaxformer.config import Config
 from jaxformer.errors import UserError
 from jaxformer.launch import local
@@ -38,7 +37,8 @@ def rehearse(flags: Sequence[str], processes: int, devices: int) -> int:
     names = [flag.partition("=")[2] for flag in flags if flag.startswith("--config=")]
     if not names:
         raise UserError("A rehearsal needs the job's --config=FILE.")
-    small = shrunk(_config(names[-1]), devices)
+    overrides = [flag for flag in flags if flag.startswith("--config.")]
+    small = shrunk(Config.of(load_config(names[-1], overrides)), devices)
     with tempfile.TemporaryDirectory() as folder:
         kept = [flag for flag in flags if not flag.startswith("--workdir")]
         environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices // processes)}
@@ -73,11 +73,3 @@ def shrunk(config: Config, devices: int) -> list[str]:
         "decode.max_length": 8,
     }
     return [f"--config.{name}={value}" for name, value in sizes.items()]
-
-
-def _config(name: str) -> Config:
-    path, _, preset = name.partition(":")
-    if not Path(path).exists():
-        raise UserError(f"--config={name}: there is no file {path}.")
-    get_config = runpy.run_path(path)["get_config"]
-    return Config.of(get_config(preset) if preset else get_config())

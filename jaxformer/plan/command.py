@@ -7,13 +7,11 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from absl import flags
-from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
 from jaxformer import sharding
-from jaxformer.command_line import parse_flags
+from jaxformer.command_line import load_config
 from jaxformer.config import Config, MeshConfig
 from jaxformer.errors import UserError
 from jaxformer.plan import search
@@ -59,14 +57,10 @@ def load(config: str, overrides: Sequence[str]) -> Config:
     Raises:
       UserError: a file, preset or field that is not there.
     """
-    values = flags.FlagValues()
-    argv = ["plan", f"--config={config}", *overrides]
-    config_flags.DEFINE_config_file("config", None, "", values, sys_argv=argv)
     unknown = [flag for flag in overrides if not flag.startswith("--config.")]
     if unknown:
         raise UserError(f"{unknown[0]} is not known to jaxformer plan; see jaxformer plan --help.")
-    parse_flags(argv, values)
-    return Config.of(values.config)
+    return Config.of(load_config(config, overrides))
 
 
 def mesh_of(text: str) -> MeshConfig:
