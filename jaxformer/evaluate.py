@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 from sacrebleu.metrics import BLEU, CHRF
 
+from jaxformer import writing
 from jaxformer.data.pairs import Pair
 from jaxformer.data.text import load
 from jaxformer.data.translation_memory import nearest_targets
@@ -92,14 +93,9 @@ class Evaluation:
     def save(self, workdir: Path) -> Path:
         """Writes `evaluation.SPLIT.json`; what was there before stays until all is written."""
         path = file_of(workdir, self.split)
-        partial = path.with_suffix(".partial")
-        try:
-            text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+        with writing.whole(path) as partial:
             partial.write_text(text + "\n", encoding="utf-8")
-            partial.replace(path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise UserError(f"{path} cannot be written: {error.strerror}.") from error
         return path
 
     @classmethod

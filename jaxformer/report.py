@@ -13,9 +13,9 @@ import jinja2
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from jaxformer import evaluate
+from jaxformer import evaluate, writing
 from jaxformer.config import Config
-from jaxformer.errors import UserError, plainly_said
+from jaxformer.errors import plainly_said
 from jaxformer.evaluate import Evaluation
 from jaxformer.inference.translator import Translator
 from jaxformer.metrics import read_log
@@ -63,13 +63,8 @@ def write(workdir: Path, config: Config, evaluation: Evaluation | None) -> Path:
         config=config.to_json(),
     )
     path = workdir / "report.html"
-    partial = path.with_suffix(".partial")
-    try:
+    with writing.whole(path) as partial:
         partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp  # lives in .experimental.v1 so far; this name stays
 
-from jaxformer import processes
+from jaxformer import processes, writing
 from jaxformer.checkpoint.files import (
     MANIFEST,
     META,
@@ -225,9 +224,7 @@ class Checkpoints:
             if processes.index() == 0:
                 for leftover in self.directory.glob(f"{path.name}*"):
                     shutil.rmtree(leftover, ignore_errors=True)
-            # TensorStore reports system errors as text only.
-            full = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
-            if not any(words in str(error) for words in full):
+            if not writing.disk_is_full(error):
                 raise
             raise UserError(
                 f"{path.with_suffix('')} could not be saved, the disk is full (earlier checkpoints "

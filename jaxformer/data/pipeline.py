@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
 
+from jaxformer import writing
 from jaxformer.config import Config
 from jaxformer.data.batches import Batches, EvalBatches, eval_batches
 from jaxformer.data.packing import source_capacity
@@ -38,8 +40,9 @@ def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
     data = config.data
     cache = Path(data.data_dir) / "cache"
     text = load(data, "train")
-    tokenizer = tokenizer or trained_tokenizer(text, data.vocab_size, cache)
-    tokens = tokenize(text, tokenizer, cache)
+    with _written_below(cache):
+        tokenizer = tokenizer or trained_tokenizer(text, data.vocab_size, cache)
+        tokens = tokenize(text, tokenizer, cache)
     source_length = data.source_length or source_capacity(
         tokens.lengths_N2, data.target_length, data.max_tokens
     )
@@ -54,9 +57,15 @@ def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
     )
     valid = None
     if data.valid:
-        held_out = tokenize(load(data, "valid"), tokenizer, cache)
+        text = load(data, "valid")
+        with _written_below(cache):
+            held_out = tokenize(text, tokenizer, cache)
         valid = eval_batches(held_out, rows, source_length, data.target_length)
     return Dataset(tokenizer, train, valid, source_length, train.fingerprint)
+
+
+def _written_below(cache: Path) -> AbstractContextManager[None]:
+    return writing.below(cache, "make room there, or name another config.data.data_dir")
 
 
 def trained_tokenizer(text: ParallelText, vocab_size: int, cache: Path) -> Tokenizer:

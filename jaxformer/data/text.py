@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jaxformer import writing
 from jaxformer.config import DataConfig
 from jaxformer.data.files import read_files
 from jaxformer.data.pairs import Pair, ParallelText
@@ -106,11 +107,15 @@ def prepared(data: DataConfig) -> Any:
         # tfds writes into a temporary folder and renames it: a build that was killed starts again.
         builder.download_and_prepare(file_format="array_record")
     except (OSError, tfds.download.DownloadError) as error:
+        if writing.disk_is_full(error):
+            raise _full(data) from error
         raise UserError(
             f"config.data.name={data.name!r} cannot be downloaded ({_first_line(error)}); "
             f"{OFFLINE}."
         ) from error
     except Exception as error:
+        if writing.disk_is_full(error):
+            raise _full(data) from error
         if not _lacks_tensorflow(error):
             raise
         raise UserError(
@@ -121,6 +126,13 @@ def prepared(data: DataConfig) -> Any:
     for sentence in (*_metadata(builder, "missing"), *_metadata(builder, "warnings")):
         _warn(f"{builder.data_dir}: {sentence}")
     return builder
+
+
+def _full(data: DataConfig) -> UserError:
+    return UserError(
+        f"config.data.data_dir={data.data_dir!r} is on a full disk; make room there, or name "
+        "another folder."
+    )
 
 
 @functools.cache

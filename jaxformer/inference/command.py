@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
+from jaxformer import writing
 from jaxformer.errors import UserError
 from jaxformer.inference.decode import Sampling
 from jaxformer.inference.translator import Translation, Translator, check
@@ -65,7 +65,7 @@ def _check_output(path: Path | None) -> None:
         return
     if path.exists() and not path.is_file():
         raise UserError(f"--output={path} is not a file; name one, or leave it out for stdout.")
-    partial = _partial(path)
+    partial = path.with_name(f"{path.name}.partial")
     try:
         partial.touch()
         partial.unlink()
@@ -115,14 +115,5 @@ def _write(path: Path | None, text: str) -> None:
         except OSError as error:
             raise UserError(f"stdout cannot be written: {error.strerror}.") from error
         return
-    partial = _partial(path)
-    try:
+    with writing.whole(path, f"--output={path}") as partial:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"--output={path} cannot be written: {error.strerror}.") from error
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial")

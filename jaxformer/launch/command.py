@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from jaxformer import writing
 from jaxformer.errors import UserError
 from jaxformer.launch import local
 from jaxformer.launch.job import Job
@@ -41,8 +42,6 @@ def _write(job: Job, arguments: argparse.Namespace) -> None:
     kind = KINDS[arguments.render]
     path = arguments.output or Path(job.name + kind.suffix)
     text = render(job, arguments.render)
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+    with writing.whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
     print(f"{path} starts {job.processes} processes: {kind.hand_in.format(file=path)}")

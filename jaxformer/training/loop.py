@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 from rich.console import Console
 
-from jaxformer import processes, report, sharding
+from jaxformer import processes, report, sharding, writing
 from jaxformer.checkpoint import Checkpoints
 from jaxformer.config import Config
 from jaxformer.data import pipeline
@@ -114,7 +114,8 @@ class Training:
         self._announce()
         if meta is None and processes.index() == 0:
             text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
-            (workdir / "config.json").write_text(text, encoding="utf-8")
+            with writing.whole(workdir / "config.json") as partial:
+                partial.write_text(text, encoding="utf-8")
 
     def until(self, last: int, stopped: Callable[[int], bool]) -> bool:
         """Takes steps up to `last`; saves, evaluates and logs on the way."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -13,8 +14,10 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from jaxformer.errors import UserError
+from jaxformer import writing
 from jaxformer.metrics import LOG, read_log
+
+CURE = "make room on the disk and start the same command again, it goes on from the last checkpoint"
 
 QUIET_SECONDS = 15.0
 """Where there is no terminal, a line of progress is printed this often."""
@@ -28,22 +31,22 @@ class Record:
 
     def __init__(self, workdir: Path, step: int):
         kept = [record for record in read_log(workdir) if record["step"] <= step]
-        partial = workdir / f"{LOG}.partial"
-        partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        partial.rename(workdir / LOG)
-        self._file = (workdir / LOG).open("a", encoding="utf-8")
-        folder = workdir / "tensorboard"
-        folder.mkdir(exist_ok=True)
-        # The plain writer: SummaryWriter keeps events of up to two minutes in a queue, and they
-        # would be lost with the process, though the steps are in a checkpoint.
-        self._events = EventsWriter(str(folder / "events"), f".{step}")
-        # TensorBoard forgets what the files before hold of later steps.
-        start = SessionLog(status=SessionLog.START)
-        self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+        with writing.below(workdir, CURE):
+            with writing.whole(workdir / LOG) as partial:
+                partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+            self._file = (workdir / LOG).open("a", encoding="utf-8")
+            folder = workdir / "tensorboard"
+            folder.mkdir(exist_ok=True)
+            # The plain writer: SummaryWriter keeps events of up to two minutes in a queue, and they
+            # would be lost with the process, though the steps are in a checkpoint.
+            self._events = EventsWriter(str(folder / "events"), f".{step}")
+            # TensorBoard forgets what the files before hold of later steps.
+            start = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line and one event for each value; on disk before this returns."""
-        try:
+        with writing.below(Path(self._file.name).parent, CURE):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
             scalars = [
@@ -52,16 +55,12 @@ class Record:
             summary = Summary(value=scalars)
             self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
             self._events.flush()
-        except OSError as error:
-            raise UserError(
-                f"{self._file.name} cannot be written ({error.strerror}); make room on the disk "
-                "and start the same command again: it goes on from the last checkpoint."
-            ) from error
 
     def close(self) -> None:
-        """Flushes and closes both files."""
-        self._file.close()
-        self._events.close()
+        """Closes both files."""
+        for file in (self._file, self._events):
+            with contextlib.suppress(OSError):  # what could not be written has been told
+                file.close()
 
 
 class NoRecord:

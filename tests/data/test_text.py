@@ -1,5 +1,7 @@
 """Text by the name of its dataset: ours, any of tfds, without TensorFlow."""
 
+import errno
+import os
 import sys
 import zipfile
 
@@ -143,6 +145,15 @@ def test_without_a_network_it_says_what_works(monkeypatch, tmp_path, kind):
     with pytest.raises(UserError, match=r"name=.tiny_translate. cannot be downloaded " + works):
         load(tiny(tmp_path), "train")
     assert not list(tmp_path.rglob("*.array_record*"))
+
+
+def test_a_full_disk_is_told_with_its_folder(monkeypatch, tmp_path):
+    def full(*_):  # as array_record, which is C++, says it
+        raise RuntimeError(f"Failed to finalize: write() failed: {os.strerror(errno.ENOSPC)}; at 9")
+
+    monkeypatch.setattr(TinyTranslate, "_split_generators", full)
+    with pytest.raises(UserError, match=rf"data_dir='{tmp_path}' is on a full disk; make room"):
+        load(tiny(tmp_path), "train")
 
 
 def test_archives_that_tfds_opens_with_tensorflow_only_are_told(monkeypatch, tmp_path):
