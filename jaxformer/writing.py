@@ -27,8 +27,25 @@ def whole(path: Path, name: str = "") -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except OSError as error:
+        raise UserError(f"{name or path} cannot be written: {reason(error)}.") from error
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def check(path: Path, name: str = "") -> None:
+    """Before the work: what cannot be written in the end should not be computed.
+
+    Raises:
+      UserError: no file can be written there; it is called `name`, or by its path.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{name or path} is not a file; name one.")
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
         raise UserError(f"{name or path} cannot be written: {reason(error)}.") from error
 
 

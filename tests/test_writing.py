@@ -38,14 +38,21 @@ def test_a_file_is_replaced_when_all_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_was_there_stays_where_writing_fails(tmp_path):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "^--output=x cannot be written: No"),
+        (KeyboardInterrupt("by hand"), "^by hand$"),
+    ],
+)
+def test_what_was_there_stays_where_writing_fails(tmp_path, error, told):
     path = tmp_path / "x.html"
     path.write_text("before")
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    told = pytest.raises(UserError, match=r"^--output=x cannot be written: No space left")
-    with told, writing.whole(path, "--output=x") as partial:
+    expected = UserError if isinstance(error, OSError) else type(error)
+    told_of = pytest.raises(expected, match=told)
+    with told_of, writing.whole(path, "--output=x") as partial:
         partial.write_text("half")
-        raise full
+        raise error
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 

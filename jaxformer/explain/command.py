@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from rich.console import Console
 
+from jaxformer import writing
 from jaxformer.errors import UserError
 from jaxformer.explain.ablation import Ablation, layers_of, parse, place
 from jaxformer.inference.translator import Translator
@@ -70,9 +70,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("Name the file to write: -o page.html, or -o figure.png with --figure.")
     if (arguments.figure or arguments.alignments) and output.suffix not in (".png", ".svg"):
         raise UserError(f"--output={output} is a picture; let it end in .png or .svg.")
-    if output.exists() and not output.is_file():
-        raise UserError(f"--output={output} is not a file; name one.")
-    _write(output, None)
+    writing.check(output, f"--output={output}")
 
 
 def _figure(told: dict, arguments: argparse.Namespace, layers: int) -> None:
@@ -116,25 +114,11 @@ def _save(figure, path: Path) -> None:
 
     from jaxformer.explain.figures import FONTS
 
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with matplotlib.rc_context(FONTS):  # fonts are looked for when a figure is drawn
-            figure.savefig(partial, dpi=160, format=path.suffix[1:])
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"--output={path} cannot be written: {error.strerror}.") from error
+    # Fonts are looked for when a figure is drawn.
+    with matplotlib.rc_context(FONTS), writing.whole(path, f"--output={path}") as partial:
+        figure.savefig(partial, dpi=160, format=path.suffix[1:])
 
 
-def _write(path: Path, content: bytes | None) -> None:
-    """Replaces the file by the content; None only tries whether that could be done."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_bytes(content or b"")
-        if content is None:
-            partial.unlink()
-        else:
-            os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"--output={path} cannot be written: {error.strerror}.") from error
+def _write(path: Path, content: bytes) -> None:
+    with writing.whole(path, f"--output={path}") as partial:
+        partial.write_bytes(content)

@@ -22,7 +22,8 @@ def translate(arguments: argparse.Namespace) -> None:
     """
     sampling = _sampling(arguments)
     check(arguments.beam, arguments.alpha, arguments.n_best, sampling, arguments.seed)
-    _check_output(arguments.output)
+    if arguments.output is not None:
+        writing.check(arguments.output, f"--output={arguments.output}")
     lines, warnings = _read(arguments.input)
     console = Console(stderr=True)
     translations: list[list[Translation]] = []
@@ -57,20 +58,6 @@ def _sampling(arguments: argparse.Namespace) -> Sampling | None:
         if getattr(arguments, name) is not None:
             raise UserError(f"--sample draws one translation; leave out --{name}.")
     return sampling
-
-
-def _check_output(path: Path | None) -> None:
-    """Before the work: what cannot be written in the end should not be computed."""
-    if path is None:
-        return
-    if path.exists() and not path.is_file():
-        raise UserError(f"--output={path} is not a file; name one, or leave it out for stdout.")
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.touch()
-        partial.unlink()
-    except OSError as error:
-        raise UserError(f"--output={path} cannot be written: {error.strerror}.") from error
 
 
 def _read(path: Path | None) -> tuple[list[str], list[str]]:
