@@ -98,12 +98,12 @@ def _alignments(translator: Translator, output: Path, console: Console) -> None:
     with console.status("Reading alignments from cross-attention"):
         valid, test = (alignment.gold(data, split) for split in ("valid", "test"))
         readout = alignment.best_readout(
-            alignment.word_weights(translator, valid), [one.links for one in valid]
+            alignment.word_votes(translator, valid), [one.links for one in valid]
         )
-        weights = alignment.word_weights(translator, test)
-    found = [alignment.links(one, readout) for one in weights]
+        votes = alignment.word_votes(translator, test)
+    found = [alignment.links(one, readout) for one in votes]
     rate = alignment.error_rate(found, [one.links for one in test])
-    _save(alignment.picture(test, weights, found, readout), output)
+    _save(alignment.picture(test, votes, found, readout), output)
     report = {"aer": round(rate, 4), "sentences": len(test), "readout": readout.told()}
     print(json.dumps(report))
     console.print(f"alignment error rate {rate:.3f} on {len(test)} sentences; written to {output}")

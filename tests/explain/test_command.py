@@ -6,7 +6,6 @@ import pytest
 from inference_cases import SENTENCES, write_run
 
 from jaxformer.cli import main
-from jaxformer.explain.alignment import error_rate, shares
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +71,3 @@ def test_no_workdir(tmp_path, capsys):
         explain(tmp_path / "none", "-o", tmp_path / "x.html")
     assert stop.value.code == 2
     assert "none" in capsys.readouterr().err
-
-
-def test_error_rate_and_shares():
-    assert error_rate([frozenset({(0, 0), (1, 2)})], [frozenset({(0, 0), (1, 1), (2, 2)})]) == 0.6
-    assert error_rate([frozenset({(0, 0)})], [frozenset({(0, 0)})]) == 0
-    pieces = ["▁史蒂", "夫建", "<0xE9>", "<0x80>", "<0xA0>", "▁"]
-    found = shares(pieces, ["史蒂夫", "建造"])
-    assert found.tolist() == [[1, 0], [0.5, 0.5], [0, 1], [0, 1], [0, 1], [0, 0]]
