@@ -50,3 +50,16 @@ def test_steve_builds_a_house(tmp_path):
         text=True,
     )
     assert translated.stdout == "Steve builds a house\nSteve builds a house\n", translated.stderr
+    explained = subprocess.run(
+        [
+            *(Path(sys.executable).parent / "jaxformer", "explain", "--alignments"),
+            *("--workdir", workdir, "-o", tmp_path / "alignments.png"),
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert explained.returncode == 0, explained.stderr
+    assert json.loads(explained.stdout)["aer"] <= 0.10
+    assert (tmp_path / "alignments.png").read_bytes().startswith(b"\x89PNG")
