@@ -19,7 +19,7 @@ from jaxformer.config import DataConfig
 from jaxformer.data.text import prepared
 from jaxformer.data.tokenizer import BOS, EOS
 from jaxformer.errors import UserError
-from jaxformer.explain.figures import FONTS, ORANGE, heat
+from jaxformer.explain.figures import ORANGE, fonts, heat
 from jaxformer.inference.translator import Translator
 from jaxformer.model import Transformer, recorded
 from jaxformer.model.transformer import output_table
@@ -279,7 +279,7 @@ def picture(
     count: int = 4,
 ) -> Figure:
     """The first sentences: votes as shades, gold links as rings, found ones as dots."""
-    with matplotlib.rc_context(FONTS):
+    with matplotlib.rc_context(fonts()):
         figure = Figure(figsize=(11, 8), layout="constrained", facecolor="white")
         places = figure.subplots(2, (count + 1) // 2, squeeze=False).ravel()
         columns = (sentences, votes, found)

@@ -46,7 +46,7 @@ def explain(arguments: argparse.Namespace) -> None:
             return
         _write(arguments.output, text.encode())
     elif arguments.figure:
-        _figure(told, arguments, layers_of(config, arguments.stack))
+        _figure(told, arguments, layers_of(config, arguments.stack), console)
     else:
         from jaxformer.explain.page import render
 
@@ -73,7 +73,7 @@ def _check(arguments: argparse.Namespace) -> None:
     writing.check(output, f"--output={output}")
 
 
-def _figure(told: dict, arguments: argparse.Namespace, layers: int) -> None:
+def _figure(told: dict, arguments: argparse.Namespace, layers: int, console: Console) -> None:
     from jaxformer.explain.figures import FIGURES, View, draw
 
     if arguments.figure not in FIGURES:
@@ -87,7 +87,7 @@ def _figure(told: dict, arguments: argparse.Namespace, layers: int) -> None:
         None if arguments.head is None else arguments.head - 1,
         arguments.step - 1,
     )
-    _save(draw(told, arguments.figure, view), arguments.output)
+    _save(draw(told, arguments.figure, view), arguments.output, console)
 
 
 def _alignments(translator: Translator, output: Path, console: Console) -> None:
@@ -103,20 +103,19 @@ def _alignments(translator: Translator, output: Path, console: Console) -> None:
         votes = alignment.word_votes(translator, test)
     found = [alignment.links(one, readout) for one in votes]
     rate = alignment.error_rate(found, [one.links for one in test])
-    _save(alignment.picture(test, votes, found, readout), output)
+    _save(alignment.picture(test, votes, found, readout), output, console)
     report = {"aer": round(rate, 4), "sentences": len(test), "readout": readout.told()}
     print(json.dumps(report))
     console.print(f"alignment error rate {rate:.3f} on {len(test)} sentences; written to {output}")
 
 
-def _save(figure, path: Path) -> None:
-    import matplotlib
+def _save(figure, path: Path, console: Console) -> None:
+    from jaxformer.explain.figures import save
 
-    from jaxformer.explain.figures import FONTS
-
-    # Fonts are looked for when a figure is drawn.
-    with matplotlib.rc_context(FONTS), writing.whole(path, f"--output={path}") as partial:
-        figure.savefig(partial, dpi=160, format=path.suffix[1:])
+    with writing.whole(path, f"--output={path}") as partial:
+        warning = save(figure, path, partial)
+    if warning:
+        console.print(f"warning: {warning}", style="yellow", highlight=False)
 
 
 def _write(path: Path, content: bytes) -> None:

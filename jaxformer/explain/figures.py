@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -18,7 +23,11 @@ from jaxformer.explain.walk import Walk
 BLUE, ORANGE, GREEN, GREY = "#1f5fbf", "#c8561b", "#2d7d46", "#a3abb9"
 WEIGHTS = LinearSegmentedColormap.from_list("weights", ["#f7faff", "#74a9db", "#0d3b86"])
 SIGNED = LinearSegmentedColormap.from_list("signed", [ORANGE, "#ffffff", BLUE])
-FONTS: Any = {"font.sans-serif": ["Noto Sans CJK SC", "WenQuanYi Zen Hei", "DejaVu Sans"]}
+CHINESE = (
+    *("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei"),
+    *("WenQuanYi Micro Hei", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB"),
+)
+"""Names of fonts that know Chinese characters."""
 SHORT = {"self_attention": "self", "cross_attention": "cross", "feed_forward": "FFN"}
 
 
@@ -32,9 +41,44 @@ class View:
     step: int = 0
 
 
+@functools.cache
+def fonts() -> Any:
+    """Settings of Matplotlib for text in both languages; text of an SVG stays text."""
+    listed = font_manager.fontManager
+    if not {font.name for font in listed.ttflist} & set(CHINESE):
+        # Matplotlib keeps its list of fonts from when it first ran; some may be newer.
+        known = {font.fname for font in listed.ttflist}
+        for path in sorted(set(font_manager.findSystemFonts()) - known):
+            with contextlib.suppress(Exception):  # one that it cannot read
+                listed.addfont(path)
+    # Only names that are there: each that is not would be a warning.
+    there = [name for name in CHINESE if name in {font.name for font in listed.ttflist}]
+    return {"font.sans-serif": [*there, "DejaVu Sans"], "svg.fonttype": "none"}
+
+
+def save(figure: Figure, path: Path, file: Path) -> str | None:
+    """Writes a figure into a file, in the format that the ending of `path` names.
+
+    Returns:
+      A sentence for the user where no font here knows the characters of the picture.
+    """
+    with matplotlib.rc_context(fonts()), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        figure.savefig(file, dpi=160, format=path.suffix[1:])
+    others = [w for w in said if "missing from font" not in str(w.message)]
+    for other in others:
+        warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+    if len(others) == len(said) or path.suffix == ".svg":  # the fonts of its viewer draw an SVG
+        return None
+    return (
+        "No font here knows Chinese characters: they are boxes in the picture. Install one "
+        "(Debian: fonts-noto-cjk), or write an .svg."
+    )
+
+
 def draw(walk: Walk, name: str, view: View) -> Figure:
     """One of `FIGURES`; with an ablation one column for each run."""
-    with matplotlib.rc_context(FONTS):
+    with matplotlib.rc_context(fonts()):
         figure = Figure(layout="constrained", facecolor="white")
         rows = 3 if name in ("embeddings", "qkv") else 2 if name == "norms" else 1
         runs = walk["runs"]

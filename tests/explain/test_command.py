@@ -4,8 +4,10 @@ import json
 
 import pytest
 from inference_cases import SENTENCES, write_run
+from matplotlib.figure import Figure
 
 from jaxformer.cli import main
+from jaxformer.explain import figures
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,17 @@ def test_every_figure_is_drawn(workdir):
     told = walk(Translator.load(workdir), SENTENCES[0], Ablation(positions=False))
     for name in FIGURES:
         assert len(draw(told, name, View()).axes) >= 2
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.svg"])
+def test_characters_that_no_font_knows_are_one_sentence(tmp_path, monkeypatch, recwarn, name):
+    figure = Figure()
+    figure.suptitle("字")
+    monkeypatch.setattr(figures, "fonts", lambda: {"svg.fonttype": "none"})
+    told = figures.save(figure, tmp_path / name, tmp_path / name)
+    assert (told is None) == (name == "x.svg")
+    assert told is None or "fonts-noto-cjk" in told
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(
