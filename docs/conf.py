@@ -69,7 +69,9 @@ def joined(app, document, name=""):
         # MyST gives a line break a node of its own.
         breaks = {
             i
-            for i, (before, text, after) in enumerate(zip(texts, texts[1:], texts[2:]), 1)
+            for i, (before, text, after) in enumerate(
+                zip(texts, texts[1:], texts[2:], strict=False), 1
+            )
             if text == "\n" and CHINESE.match(before[-1:]) and CHINESE.match(after)
         }
         parent.children = [child for i, child in enumerate(parent.children) if i not in breaks]

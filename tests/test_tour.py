@@ -60,9 +60,7 @@ BREAKS = {
 
 def run_page(name: str, code: Path) -> str:
     """Executes a page on the package in `code`; returns the error, "" if there is none."""
-    read = pytest.importorskip(
-        "myst_nb.core.read", reason="the packages of the docs extra"
-    ).__dict__
+    myst = pytest.importorskip("myst_nb.core.read", reason="needs the docs extra: make docs")
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
