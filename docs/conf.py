@@ -59,15 +59,22 @@ for old in CACHES.glob("*"):
         shutil.rmtree(old)
 
 
-CHINESE = "[\u3000-\u9fff\uff00-\uffef“”]"
+CHINESE = re.compile("[\u3000-\u9fff\uff00-\uffef“”]")
 
 
 def joined(app, document, name=""):
     """Takes away line breaks between Chinese characters, which browsers show as spaces."""
-    for text in list(document.findall(nodes.Text)):
-        whole = re.sub(f"(?<={CHINESE})\n(?={CHINESE})", "", text)
-        if whole != text and not isinstance(text.parent, nodes.literal_block):
-            text.parent.replace(text, nodes.Text(whole))
+    for parent in document.findall(nodes.TextElement):
+        texts = [child.astext() for child in parent.children]
+        # MyST gives a line break a node of its own.
+        breaks = {
+            i
+            for i, (before, text, after) in enumerate(
+                zip(texts, texts[1:], texts[2:], strict=False), 1
+            )
+            if text == "\n" and CHINESE.match(before[-1:]) and CHINESE.match(after)
+        }
+        parent.children = [child for i, child in enumerate(parent.children) if i not in breaks]
 
 
 def setup(app):
