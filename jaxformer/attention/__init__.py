@@ -13,6 +13,7 @@ from jaxformer.attention.context import Implementation
 from jaxformer.attention.dense import dense
 from jaxformer.attention.extras import Extras
 from jaxformer.attention.mask import Mask
+from jaxformer.attention.pallas_gpu import pallas_gpu
 from jaxformer.attention.pallas_tpu import pallas_tpu
 from jaxformer.attention.platform import platform
 from jaxformer.attention.reference import reference
@@ -22,6 +23,7 @@ __all__ = ["IMPLEMENTATIONS", "Mask", "attention"]
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "pallas_tpu": pallas_tpu,
+    "pallas_gpu": pallas_gpu,
     "blockwise": blockwise,
     "dense": dense,
     "reference": reference,

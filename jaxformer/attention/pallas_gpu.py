@@ -225,7 +225,7 @@ def _kernel(body, grid, out_type, scratch, static: Static):
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({"interpret": static.interpret} if static.interpret else {}),
-        name=body.__name__.strip("_"),
+        kernel_name=body.__name__.strip("_"),
     )
 
 
