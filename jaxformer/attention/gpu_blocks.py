@@ -7,7 +7,6 @@ along one of its axes (statistics of queries, segments of keys) is spread to mat
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +37,8 @@ class Static(NamedTuple):
     segments: bool
     T: int
     S: int
-    scale: float  # of the scores
+    scale: float  # of the scores, for powers of two
+    root: float  # of the scores, for powers of e
     heads: int  # of queries, in the whole array
     keys: int  # length of the keys, in the whole array
     interpret: Any
@@ -103,6 +103,56 @@ def fetch(step, groups: list[tuple[Any, list[tuple]]]) -> None:
             plgpu.copy_gmem_to_smem(source, slots.at[slot], ready.at[slot])
 
 
+def fetch_keys(low, high, sources, slots, ready, free, static: Static) -> None:
+    """Fetches blocks of keys, values and segments of keys, from `low` to before `high`."""
+    (k_SK, v_SK, ids_S), (k_slots, v_slots, ids_slots) = sources, slots
+    block = k_slots.shape[1]
+
+    @pl.loop(0, high - low)
+    def _(step):
+        keys = pl.ds((low + step) * block, block)
+        k_copies = [(k_SK.at[keys], k_slots, ready[0])]
+        if static.segments:
+            k_copies.append((ids_S.at[keys], ids_slots, ready[0]))
+        fetch(step, [(free[0], k_copies), (free[1], [(v_SK.at[keys], v_slots, ready[1])])])
+
+
+def hold(copies: list[tuple[Any, Any]], segments: tuple, w, ready, static: Static) -> None:
+    """Copies (from, to the parts of warpgroups) for this warpgroup, and waits for them."""
+    for source, parts in [*copies, segments] if static.segments else copies:
+        plgpu.copy_gmem_to_smem(source, parts.at[w], ready.at[w])
+    plgpu.barrier_wait(ready.at[w])
+
+
+def kernel(body, grid, out_type, scratch, static: Static):
+    """A kernel for each (head, block that is held, row of the batch)."""
+    return plgpu.kernel(
+        functools.partial(body, static=static),
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=grid,
+        grid_names=("head", "block", "row"),
+        num_threads=WORKERS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="flash_attention" + body.__name__.removesuffix("_kernel"),
+        **({"interpret": static.interpret} if static.interpret else {}),
+    )
+
+
+def key_slots(K: int, dtype, block: int, static: Static) -> list:
+    """Slots of keys, values and segments of keys; ready (keys, values) and free (the same)."""
+    return [
+        matrices(SLOTS, block, K, dtype),
+        matrices(SLOTS, block, K, dtype),
+        vectors(SLOTS, block, jnp.int32),
+        plgpu.Barrier(num_arrivals=1 + static.segments, num_barriers=SLOTS),
+        plgpu.Barrier(num_barriers=SLOTS),
+        plgpu.Barrier(num_arrivals=WORKERS, num_barriers=SLOTS),
+        plgpu.Barrier(num_arrivals=WORKERS, num_barriers=SLOTS),
+    ]
+
+
 def matrices(count: int, rows: int, K: int, dtype):
     """Shared memory for `count` matrices [rows, K], swizzled as wgmma reads them."""
     swizzle = plgpu.find_swizzle(K * jnp.dtype(dtype).itemsize * 8)
@@ -138,7 +188,7 @@ def masked(scores: Array, places: Places, segments: tuple | None, static: Static
     A block that lies inside all of them is left as it is.
     """
     shape, query_axis = scores.shape, places.query_axis
-    queries, keys = shape[query_axis], shape[1 - query_axis]
+    keys = shape[1 - query_axis]
 
     def mask(scores):
         query, key = places.grid(shape, static)
@@ -204,10 +254,15 @@ def reach(static: Static) -> tuple[int | None, int | None]:
     return far, 0 if static.causal else far
 
 
-def spans(ids_BT: Array, others_BS: Array, size: int, block: int) -> Array:
-    """int32 [2, B, I]: which blocks of the others share a segment with a block of `size` places."""
+def spans(ids_BT: Array, others_BS: Array, block: int, static: Static) -> Array:
+    """int32 [2, B, I]: which blocks of the others share a segment with the places that are held.
+
+    The first, and after the last; without segments there is nothing to read.
+    """
+    if not static.segments:
+        return jnp.zeros((2, 1, 1), jnp.int32)
     ids_BIn, others_BJm = (
-        pad(x, 1, n).reshape(x.shape[0], -1, n) for x, n in ((ids_BT, size), (others_BS, block))
+        pad(x, 1, n).reshape(x.shape[0], -1, n) for x, n in ((ids_BT, HELD), (others_BS, block))
     )
     J = others_BJm.shape[1]
     highest = jnp.iinfo(jnp.int32).max

@@ -23,18 +23,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxformer.attention.extras import NOTHING, Extras
+from jaxformer.attention.gpu_backward import key_gradients, query_gradients
 from jaxformer.attention.gpu_blocks import (
     HELD,
     ROWS,
-    SLOTS,
     WORKERS,
     Places,
     Static,
     add_product,
     along,
     bounds,
-    fetch,
+    fetch_keys,
+    hold,
     kept,
+    kernel,
+    key_slots,
     masked,
     matrices,
     outer,
@@ -51,8 +54,8 @@ from jaxformer.attention.platform import platform
 
 BLOCK = 128
 """Keys of a block that streams by a block of queries."""
-BLOCK_BACK = {32: 128, 64: 128, 128: 64}
-"""By head size: queries of a block that streams by a block of keys."""
+SIZES = (32, 64, 128)
+"""Of heads; others are padded to the next one."""
 BLIND = -1e20
 """What the backward pass gets as log-sum-exp of a query that sees nothing: low for a score, and yet
 so far above a masked one that the weight is zero."""
@@ -81,6 +84,7 @@ def pallas_gpu(
         T=T,
         S=S,
         scale=LOG2_E * K**-0.5,
+        root=K**-0.5,
         heads=extras.heads,
         keys=extras.keys,
         interpret=False if platform() in ("gpu", "cuda") else INTERPRET,
@@ -89,7 +93,7 @@ def pallas_gpu(
     q_segments_BT = mask.q_segments_BT if segments else nobody
     kv_segments_BS = mask.kv_segments_BS if segments else nobody
     words_2 = jnp.zeros(2, jnp.uint32) if extras.words_2 is None else extras.words_2
-    size = min(size for size in BLOCK_BACK if size >= K)
+    size = min(size for size in SIZES if size >= K)
     q_BTHK, k_BSGK, v_BSGK = (pad(pad(x, 1, HELD), 3, size) for x in (q_BTHK, k_BSGK, v_BSGK))
     q_segments_BT, kv_segments_BS = (pad(x, 1, HELD) for x in (q_segments_BT, kv_segments_BS))
     places = (q_segments_BT, kv_segments_BS, words_2, extras.first)
@@ -106,14 +110,15 @@ def _refuse(q_BTHK, k_BSGK, v_BSGK, mask: Mask, extras: Extras) -> None:
             raise NotImplementedError(
                 f"pallas_gpu attention has no {x.dtype}: tensor cores would round it; use bfloat16"
             )
-    if q_BTHK.shape[-1] > max(BLOCK_BACK):
+    if q_BTHK.shape[-1] > SIZES[-1]:
         raise NotImplementedError(
-            f"pallas_gpu attention has no heads of {q_BTHK.shape[-1]}: beyond {max(BLOCK_BACK)} "
+            f"pallas_gpu attention has no heads of {q_BTHK.shape[-1]}: beyond {SIZES[-1]} "
             "the sums of the backward pass do not fit into registers"
         )
     if platform() not in ("gpu", "cuda") and INTERPRET is None:
         raise NotImplementedError(
-            f"pallas_gpu attention needs a GPU, or JAX 0.12 to be interpreted, not {jax.__version__}"
+            "pallas_gpu attention needs a GPU, or JAX 0.12 to be interpreted without one, "
+            f"not {jax.__version__}"
         )
 
 
@@ -125,7 +130,7 @@ def _attend(q_BTHK, k_BSGK, v_BSGK, places, static):
 def _forward(q_BTHK, k_BSGK, v_BSGK, places, static: Static):
     """The output, log-sum-exp [B, H, T], and what the backward pass needs; of padded arrays."""
     (B, T, H, K), dtype = q_BTHK.shape, q_BTHK.dtype
-    out_BTHK, lse_BHT = _kernel(
+    out_BTHK, lse_BHT = kernel(
         _forward_kernel,
         (H, T // HELD, B),
         [jax.ShapeDtypeStruct(q_BTHK.shape, dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)],
@@ -133,11 +138,11 @@ def _forward(q_BTHK, k_BSGK, v_BSGK, places, static: Static):
             matrices(WORKERS, ROWS, K, dtype),
             vectors(WORKERS, ROWS),
             vectors(WORKERS, ROWS, jnp.int32),
-            *_key_slots(K, dtype, static),
+            *key_slots(K, dtype, BLOCK, static),
             plgpu.Barrier(num_arrivals=1 + static.segments, num_barriers=WORKERS),
         ],
         static,
-    )(q_BTHK, k_BSGK, v_BSGK, *places, _spans(*places[:2], BLOCK, static))
+    )(q_BTHK, k_BSGK, v_BSGK, *places, spans(*places[:2], BLOCK, static))
     saved = (q_BTHK, k_BSGK, v_BSGK, places, out_BTHK, lse_BHT)
     # The backward pass keeps the other: there NOTHING less NOTHING would be a weight of 1.
     return (out_BTHK, jnp.where(lse_BHT > BLIND / 2, lse_BHT / LOG2_E, NOTHING)), saved
@@ -158,25 +163,23 @@ def _forward_kernel(
     def _():
         plgpu.set_max_registers(40, action="decrease")
         g = jax.lax.div(h, jnp.int32(q_BTHK.shape[2] // k_BSGK.shape[2]))
-
-        @pl.loop(0, high - low)
-        def _(step):
-            keys = pl.ds((low + step) * BLOCK, BLOCK)
-            k_copies = [(k_BSGK.at[b, keys, g], k_slots, k_ready)]
-            if static.segments:
-                k_copies.append((kv_ids_BS.at[b, keys], ids_slots, k_ready))
-            v_copies = [(v_BSGK.at[b, keys, g], v_slots, v_ready)]
-            fetch(step, [(k_free, k_copies), (v_free, v_copies)])
+        fetch_keys(
+            low, high, (k_BSGK.at[b, :, g], v_BSGK.at[b, :, g], kv_ids_BS.at[b]),
+            (k_slots, v_slots, ids_slots), (k_ready, v_ready), (k_free, v_free), static,
+        )  # fmt: skip
 
     @pl.when(w < WORKERS)
     def _():
         plgpu.set_max_registers(232, action="increase")
         first = i * HELD + w * ROWS
         queries = pl.ds(first, ROWS)
-        plgpu.copy_gmem_to_smem(q_BTHK.at[b, queries, h], held_wnK.at[w], ready.at[w])
-        if static.segments:
-            plgpu.copy_gmem_to_smem(q_ids_BT.at[b, queries], ids_wn.at[w], ready.at[w])
-        plgpu.barrier_wait(ready.at[w])
+        hold(
+            [(q_BTHK.at[b, queries, h], held_wnK)],
+            (q_ids_BT.at[b, queries], ids_wn),
+            w,
+            ready,
+            static,
+        )
         q_ids_n = vector(ids_wn.at[w][...], 0, static) if static.segments else None
 
         def block(j, carry):
@@ -213,38 +216,15 @@ def _forward_kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(body, grid, out_type, scratch, static: Static):
-    """A kernel for each (head, block that is held, row of the batch)."""
-    return plgpu.kernel(
-        functools.partial(body, static=static),
-        out_type=out_type,
-        scratch_types=scratch,
-        grid=grid,
-        grid_names=("head", "block", "row"),
-        num_threads=WORKERS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({"interpret": static.interpret} if static.interpret else {}),
-        kernel_name=body.__name__.strip("_"),
-    )
+def _backward(static: Static, saved, gradients):
+    q_BTHK, k_BSGK, v_BSGK, places, out_BTHK, lse_BHT = saved
+    out_grad_BTHK, lse_grad_BHT = gradients
+    inner_BTH = (out_BTHK.astype(jnp.float32) * out_grad_BTHK.astype(jnp.float32)).sum(-1)
+    # The gradient of a log-sum-exp for a score is that score's weight.
+    inner_BHT = inner_BTH.swapaxes(1, 2) - lse_grad_BHT
+    arrays = (q_BTHK, k_BSGK, v_BSGK, out_grad_BTHK, lse_BHT, inner_BHT)
+    q_grad_BTHK = query_gradients(*arrays, places, static)
+    return q_grad_BTHK, *key_gradients(*arrays, places, static), None
 
 
-def _key_slots(K: int, dtype, static: Static):
-    """Slots of keys, values and segments of keys; their barriers."""
-    return [
-        matrices(SLOTS, BLOCK, K, dtype),
-        matrices(SLOTS, BLOCK, K, dtype),
-        vectors(SLOTS, BLOCK, jnp.int32),
-        plgpu.Barrier(num_arrivals=1 + static.segments, num_barriers=SLOTS),
-        plgpu.Barrier(num_barriers=SLOTS),
-        plgpu.Barrier(num_arrivals=WORKERS, num_barriers=SLOTS),
-        plgpu.Barrier(num_arrivals=WORKERS, num_barriers=SLOTS),
-    ]
-
-
-def _spans(ids_BT, others_BS, block: int, static: Static) -> Array:
-    """What segments leave of the blocks of the others; nothing to read without segments."""
-    return spans(ids_BT, others_BS, HELD, block) if static.segments else jnp.zeros((2, 1, 1), jnp.int32)
-
-
-_attend.defvjp(_forward, lambda static, saved, gradients: None)
+_attend.defvjp(_forward, _backward)
