@@ -44,12 +44,17 @@ BLOCK_Q = {32: 128, 64: 128, 128: 64}
 """By head size: queries of a block that streams by a block of keys."""
 
 
+def _block(sizes: dict[int, int], K: int, static: Static) -> int:
+    """Bits of dropout need registers too: half a block with it, if wgmma can take one so small."""
+    return max(ROWS, sizes[K] // 2) if static.rate else sizes[K]
+
+
 def query_gradients(
     q_BTHK, k_BSGK, v_BSGK, out_grad_BTHK, lse_BHT, inner_BHT, places, static: Static
 ) -> Array:
     """The gradient of the queries; of padded arrays, `inner` is out times its gradient summed."""
     (B, T, H, K), dtype = q_BTHK.shape, q_BTHK.dtype
-    block = BLOCK_K[K]
+    block = _block(BLOCK_K, K, static)
     (q_grad_BTHK,) = kernel(
         _queries_kernel,
         (H, T // HELD, B),
@@ -135,7 +140,7 @@ def key_gradients(
 ) -> tuple[Array, Array]:
     """The gradients of keys and values."""
     (B, S, G, K), dtype = k_BSGK.shape, k_BSGK.dtype
-    block = BLOCK_Q[K]
+    block = _block(BLOCK_Q, K, static)
     k_grad_BSGK, v_grad_BSGK = kernel(
         _keys_kernel,
         (G, S // HELD, B),
