@@ -27,10 +27,12 @@ from jaxformer.attention.gpu_blocks import (
     kept,
     kernel,
     key_slots,
+    marked,
     masked,
     matrices,
     outer,
     reach,
+    score_gradient,
     slot_of,
     spans,
     vector,
@@ -119,11 +121,12 @@ def _queries_kernel(
             ids = (q_ids_n, vector(ids_slots.at[slot][...], 1, static)) if static.segments else None
             scores_nm = masked(scores_nm, places, ids, static)
             weights_nm = jnp.exp2(scores_nm * static.scale - along(lse_n, 0, scores_nm.shape))
+            marked_nm = marked(weights_nm, places, b, h, words_2, origin_4, static)
             plgpu.barrier_wait(v_ready.at[slot])
             grad_nm = outer(out_grad_wnK.at[w], v_slots.at[slot], static)
             plgpu.barrier_arrive(v_free.at[slot])
-            grad_nm = kept(grad_nm, places, b, h, words_2, origin_4, static) / (1 - static.rate)
-            grad_nm = weights_nm * (grad_nm - along(inner_n, 0, grad_nm.shape))
+            inner_nm = along(inner_n, 0, grad_nm.shape)
+            grad_nm = score_gradient(marked_nm, grad_nm, inner_nm, static)
             q_grad_nK = add_product(q_grad_nK, grad_nm, k_slots.at[slot], static)
             plgpu.barrier_arrive(k_free.at[slot])
             return q_grad_nK
@@ -226,14 +229,15 @@ def _keys_kernel(
                     ids = (vector(ids_slots.at[slot][...], 1, static), kv_ids_m)
                 scores_mn = masked(scores_mn, places, ids, static)
                 weights_mn = jnp.exp2(scores_mn * static.scale - along(lse_n, 1, scores_mn.shape))
-                kept_mn = kept(weights_mn, places, b, h, words_2, origin_4, static)
+                marked_mn = marked(weights_mn, places, b, h, words_2, origin_4, static)
                 plgpu.barrier_wait(grad_ready.at[slot])
+                kept_mn = kept(marked_mn, static)
                 v_grad_mK = add_product(v_grad_mK, kept_mn, out_grad_slots.at[slot], static)
                 grad_mn = outer(v_wmK.at[w], out_grad_slots.at[slot], static)
                 inner_n = vector(inner_slots.at[slot][...], 1, static)
                 plgpu.barrier_arrive(grad_free.at[slot])
-                grad_mn = kept(grad_mn, places, b, h, words_2, origin_4, static) / (1 - static.rate)
-                grad_mn = weights_mn * (grad_mn - along(inner_n, 1, grad_mn.shape))
+                inner_mn = along(inner_n, 1, grad_mn.shape)
+                grad_mn = score_gradient(marked_mn, grad_mn, inner_mn, static)
                 k_grad_mK = add_product(k_grad_mK, grad_mn, q_slots.at[slot], static)
                 plgpu.barrier_arrive(q_free.at[slot])
                 return k_grad_mK, v_grad_mK

@@ -220,15 +220,34 @@ def masked(scores: Array, places: Places, segments: tuple | None, static: Static
     return jax.lax.cond(cut, mask, lambda scores: scores, scores)
 
 
-def kept(x: Array, places: Places, b, h, words_ref, origin_ref, static: Static) -> Array:
-    """x with zeros where dropout says so: the bits of the whole picture [B, H, T, S]."""
+def marked(weights: Array, places: Places, b, h, words_ref, origin_ref, static: Static) -> Array:
+    """Weights, which are not negative, with a minus where dropout zeroes them.
+
+    The bits are those of the whole picture [B, H, T, S]. A sign needs no register of its own.
+    """
     if not static.rate:
-        return x
+        return weights
     outer = (origin_ref[0] + b) * static.heads + origin_ref[1] + h
-    query, key = places.grid(x.shape, static)
+    query, key = places.grid(weights.shape, static)
     inner = (origin_ref[2] + query) * static.keys + origin_ref[3] + key
     keep = keep_at((words_ref[0], words_ref[1]), static.rate, outer, inner)
-    return jnp.where(keep, x, jnp.float32(0))
+    return jnp.where(keep, weights, -weights)
+
+
+def kept(marked: Array, static: Static) -> Array:
+    """What dropout leaves of marked weights, not scaled up."""
+    return jnp.maximum(marked, 0) if static.rate else marked
+
+
+def score_gradient(marked: Array, grad: Array, inner: Array, static: Static) -> Array:
+    """The gradient of the scores, from that of the weights after dropout.
+
+    `inner` is the sum over a query's weights of weight times gradient.
+    """
+    if not static.rate:
+        return marked * (grad - inner)
+    grad = jnp.where(marked > 0, grad * (1 / (1 - static.rate)), jnp.float32(0))
+    return jnp.abs(marked) * (grad - inner)
 
 
 def bounds(first, size: int, block: int, back: int | None, ahead: int | None, span, count: int):

@@ -38,6 +38,7 @@ from jaxformer.attention.gpu_blocks import (
     kept,
     kernel,
     key_slots,
+    marked,
     masked,
     matrices,
     outer,
@@ -196,7 +197,7 @@ def _forward_kernel(
             exp_nm = jnp.exp2(scores_nm * static.scale - along(now_n, 0, scores_nm.shape))
             total_n = total_n * shrink_n + exp_nm.sum(1)
             out_nK = out_nK * along(shrink_n, 0, out_nK.shape)
-            kept_nm = kept(exp_nm, places, b, h, words_2, origin_4, static)
+            kept_nm = kept(marked(exp_nm, places, b, h, words_2, origin_4, static), static)
             plgpu.barrier_wait(v_ready.at[slot])
             out_nK = add_product(out_nK, kept_nm, v_slots.at[slot], static)
             plgpu.barrier_arrive(v_free.at[slot])
