@@ -137,9 +137,10 @@ def _check(q_BTHK, k_BSGK, v_BSGK, bias, alibi, implementation) -> None:
 
 
 def _order(T: int, S: int) -> tuple[str, ...]:
-    left_out = {"pallas_tpu"} if platform() != "tpu" else set()
+    foreign = {"tpu": {"pallas_gpu"}, "gpu": {"pallas_tpu"}, "cuda": {"pallas_tpu"}}
+    left_out = foreign.get(platform(), {"pallas_tpu", "pallas_gpu"})
     if T * S < SHORT:
-        left_out |= {"pallas_tpu", "blockwise"}
+        left_out = left_out | {"pallas_tpu", "pallas_gpu", "blockwise"}
     return tuple(name for name in IMPLEMENTATIONS if name not in left_out)
 
 

@@ -40,15 +40,10 @@ from jaxformer.attention.gpu_blocks import (
     zeros,
 )
 
-BLOCK_K = {32: 128, 64: 128, 128: 128}
-"""By head size: keys of a block that streams by a block of queries."""
+BLOCK_K = 128
+"""Keys of a block that streams by a block of queries."""
 BLOCK_Q = {32: 128, 64: 128, 128: 64}
 """By head size: queries of a block that streams by a block of keys."""
-
-
-def _block(sizes: dict[int, int], K: int, static: Static) -> int:
-    """Bits of dropout need registers too: half a block with it, if wgmma can take one so small."""
-    return max(ROWS, sizes[K] // 2) if static.rate else sizes[K]
 
 
 def query_gradients(
@@ -56,7 +51,6 @@ def query_gradients(
 ) -> Array:
     """The gradient of the queries; of padded arrays, `inner` is out times its gradient summed."""
     (B, T, H, K), dtype = q_BTHK.shape, q_BTHK.dtype
-    block = _block(BLOCK_K, K, static)
     (q_grad_BTHK,) = kernel(
         _queries_kernel,
         (H, T // HELD, B),
@@ -65,13 +59,13 @@ def query_gradients(
             *[matrices(WORKERS, ROWS, K, dtype)] * 2,
             *[vectors(WORKERS, ROWS)] * 2,
             vectors(WORKERS, ROWS, jnp.int32),
-            *key_slots(K, dtype, block, static),
+            *key_slots(K, dtype, BLOCK_K, static),
             plgpu.Barrier(num_arrivals=4 + static.segments, num_barriers=WORKERS),
         ],
         static,
     )(
         q_BTHK, k_BSGK, v_BSGK, out_grad_BTHK, lse_BHT, inner_BHT, *places,
-        spans(*places[:2], block, static),
+        spans(*places[:2], BLOCK_K, static),
     )  # fmt: skip
     return q_grad_BTHK
 
@@ -143,7 +137,7 @@ def key_gradients(
 ) -> tuple[Array, Array]:
     """The gradients of keys and values."""
     (B, S, G, K), dtype = k_BSGK.shape, k_BSGK.dtype
-    block = _block(BLOCK_Q, K, static)
+    block = ROWS if static.rate else BLOCK_Q[K]  # bits of dropout need registers too
     k_grad_BSGK, v_grad_BSGK = kernel(
         _keys_kernel,
         (G, S // HELD, B),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from typing import Any
 
 import jax
@@ -51,7 +52,7 @@ from jaxformer.attention.gpu_blocks import (
     zeros,
 )
 from jaxformer.attention.mask import Mask
-from jaxformer.attention.platform import platform
+from jaxformer.attention.platform import device_kind, platform
 
 BLOCK = 128
 """Keys of a block that streams by a block of queries."""
@@ -60,6 +61,8 @@ SIZES = (32, 64, 128)
 BLIND = -1e20
 """What the backward pass gets as log-sum-exp of a query that sees nothing: low for a score, and yet
 so far above a masked one that the weight is zero."""
+HOPPER = re.compile(r"\bG?H(100|20|200|800)\b")
+"""In the names of GPUs that have wgmma."""
 LOG2_E = math.log2(math.e)
 INTERPRET: Any = getattr(plgpu, "InterpretGPUParams", lambda: None)()
 """How the kernels run where there is no GPU; None where this JAX cannot."""
@@ -72,7 +75,7 @@ def pallas_gpu(
 
     Raises:
       NotImplementedError: a bias, ALiBi, a soft cap; another type than bfloat16; heads larger than
-        128; neither a GPU nor a JAX that interprets GPU kernels.
+        128; neither a Hopper GPU nor a JAX that interprets GPU kernels.
     """
     (B, T), S, K = q_BTHK.shape[:2], k_BSGK.shape[1], q_BTHK.shape[-1]
     _refuse(q_BTHK, k_BSGK, v_BSGK, mask, extras)
@@ -116,7 +119,12 @@ def _refuse(q_BTHK, k_BSGK, v_BSGK, mask: Mask, extras: Extras) -> None:
             f"pallas_gpu attention has no heads of {q_BTHK.shape[-1]}: beyond {SIZES[-1]} "
             "the sums of the backward pass do not fit into registers"
         )
-    if platform() not in ("gpu", "cuda") and INTERPRET is None:
+    if platform() in ("gpu", "cuda"):
+        if not HOPPER.search(device_kind()):
+            raise NotImplementedError(
+                f"pallas_gpu attention needs the wgmma of a Hopper GPU (H100, H200), not {device_kind()}"
+            )
+    elif INTERPRET is None:
         raise NotImplementedError(
             "pallas_gpu attention needs a GPU, or JAX 0.12 to be interpreted without one, "
             f"not {jax.__version__}"
