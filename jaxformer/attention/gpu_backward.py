@@ -32,6 +32,7 @@ from jaxformer.attention.gpu_blocks import (
     matrices,
     outer,
     reach,
+    release,
     score_gradient,
     slot_of,
     spans,
@@ -65,7 +66,7 @@ def query_gradients(
         static,
     )(
         q_BTHK, k_BSGK, v_BSGK, out_grad_BTHK, lse_BHT, inner_BHT, *places,
-        spans(*places[:2], BLOCK_K, static),
+        spans(places[0], places[1], BLOCK_K, static),
     )  # fmt: skip
     return q_grad_BTHK
 
@@ -118,11 +119,11 @@ def _queries_kernel(
             marked_nm = marked(weights_nm, places, b, h, words_2, origin_4, static)
             plgpu.barrier_wait(v_ready.at[slot])
             grad_nm = outer(out_grad_wnK.at[w], v_slots.at[slot], static)
-            plgpu.barrier_arrive(v_free.at[slot])
+            release(v_free.at[slot], static)
             inner_nm = along(inner_n, 0, grad_nm.shape)
             grad_nm = score_gradient(marked_nm, grad_nm, inner_nm, static)
             q_grad_nK = add_product(q_grad_nK, grad_nm, k_slots.at[slot], static)
-            plgpu.barrier_arrive(k_free.at[slot])
+            release(k_free.at[slot], static)
             return q_grad_nK
 
         q_grad_nK = jax.lax.fori_loop(low, high, add_block, zeros(q_wnK.shape[1:], static))
@@ -229,11 +230,11 @@ def _keys_kernel(
                 v_grad_mK = add_product(v_grad_mK, kept_mn, out_grad_slots.at[slot], static)
                 grad_mn = outer(v_wmK.at[w], out_grad_slots.at[slot], static)
                 inner_n = vector(inner_slots.at[slot][...], 1, static)
-                plgpu.barrier_arrive(grad_free.at[slot])
+                release(grad_free.at[slot], static)
                 inner_mn = along(inner_n, 1, grad_mn.shape)
                 grad_mn = score_gradient(marked_mn, grad_mn, inner_mn, static)
                 k_grad_mK = add_product(k_grad_mK, grad_mn, q_slots.at[slot], static)
-                plgpu.barrier_arrive(q_free.at[slot])
+                release(q_free.at[slot], static)
                 return k_grad_mK, v_grad_mK
 
             return jax.lax.fori_loop(0, many, add_block, sums)

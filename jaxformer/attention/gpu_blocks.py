@@ -44,7 +44,7 @@ class Static(NamedTuple):
     interpret: Any
 
 
-def laid_out(x: Array, layout: plgpu.Layout, static: Static) -> Array:
+def laid_out(x: Array, layout: Any, static: Static) -> Array:
     """x, spread over the threads in this way; an interpreter has no threads to spread it over."""
     return x if static.interpret else plgpu.layout_cast(x, layout)
 
@@ -82,6 +82,16 @@ def add_product(total: Array, a: Array, b_ref, static: Static) -> Array:
     if static.interpret:  # interpreters read both factors from shared memory
         return total + jnp.dot(a, b_ref[...], preferred_element_type=jnp.float32)
     return pl.run_state(lambda total_ref: plgpu.wgmma(total_ref, a, b_ref))(plgpu.ACC.init(total))
+
+
+def release(free, static: Static) -> None:
+    """Says that a slot may be filled again.
+
+    wgmma reads it as the copy engine writes it; reads of the interpreter need a fence between.
+    """
+    if static.interpret:
+        plgpu.commit_smem()
+    plgpu.barrier_arrive(free)
 
 
 def slot_of(step):
@@ -175,11 +185,12 @@ class Places(NamedTuple):
 
     def grid(self, shape: tuple[int, ...], static: Static) -> tuple[Array, Array]:
         """The query and the key of each score, int32."""
-        axes = (self.query_axis, 1 - self.query_axis)
-        return tuple(
-            first + along(vector(jax.lax.iota(jnp.int32, shape[axis]), axis, static), axis, shape)
-            for first, axis in zip((self.query, self.key), axes, strict=True)
-        )
+
+        def numbers(first, axis):
+            one = vector(jax.lax.iota(jnp.int32, shape[axis]), axis, static)
+            return first + along(one, axis, shape)
+
+        return numbers(self.query, self.query_axis), numbers(self.key, 1 - self.query_axis)
 
 
 def masked(scores: Array, places: Places, segments: tuple | None, static: Static) -> Array:

@@ -45,6 +45,7 @@ from jaxformer.attention.gpu_blocks import (
     outer,
     pad,
     reach,
+    release,
     slot_of,
     spans,
     vector,
@@ -94,8 +95,8 @@ def pallas_gpu(
         interpret=False if platform() in ("gpu", "cuda") else INTERPRET,
     )
     nobody = jnp.zeros((B, HELD), jnp.int32)
-    q_segments_BT = mask.q_segments_BT if segments else nobody
-    kv_segments_BS = mask.kv_segments_BS if segments else nobody
+    q_segments_BT = nobody if mask.q_segments_BT is None else mask.q_segments_BT
+    kv_segments_BS = nobody if mask.kv_segments_BS is None else mask.kv_segments_BS
     words_2 = jnp.zeros(2, jnp.uint32) if extras.words_2 is None else extras.words_2
     size = min(size for size in SIZES if size >= K)
     q_BTHK, k_BSGK, v_BSGK = (pad(pad(x, 1, HELD), 3, size) for x in (q_BTHK, k_BSGK, v_BSGK))
@@ -122,7 +123,8 @@ def _refuse(q_BTHK, k_BSGK, v_BSGK, mask: Mask, extras: Extras) -> None:
     if platform() in ("gpu", "cuda"):
         if not HOPPER.search(device_kind()):
             raise NotImplementedError(
-                f"pallas_gpu attention needs the wgmma of a Hopper GPU (H100, H200), not {device_kind()}"
+                "pallas_gpu attention needs the wgmma of a Hopper GPU (H100, H200), "
+                f"not {device_kind()}"
             )
     elif INTERPRET is None:
         raise NotImplementedError(
@@ -151,7 +153,7 @@ def _forward(q_BTHK, k_BSGK, v_BSGK, places, static: Static):
             plgpu.Barrier(num_arrivals=1 + static.segments, num_barriers=WORKERS),
         ],
         static,
-    )(q_BTHK, k_BSGK, v_BSGK, *places, spans(*places[:2], BLOCK, static))
+    )(q_BTHK, k_BSGK, v_BSGK, *places, spans(places[0], places[1], BLOCK, static))
     saved = (q_BTHK, k_BSGK, v_BSGK, places, out_BTHK, lse_BHT)
     # The backward pass keeps the other: there NOTHING less NOTHING would be a weight of 1.
     return (out_BTHK, jnp.where(lse_BHT > BLIND / 2, lse_BHT / LOG2_E, NOTHING)), saved
@@ -198,7 +200,7 @@ def _forward_kernel(
             plgpu.barrier_wait(k_ready.at[slot])
             scores_nm = outer(held_wnK.at[w], k_slots.at[slot], static)
             ids = (q_ids_n, vector(ids_slots.at[slot][...], 1, static)) if static.segments else None
-            plgpu.barrier_arrive(k_free.at[slot])
+            release(k_free.at[slot], static)
             scores_nm = masked(scores_nm, places, ids, static)
             now_n = jnp.maximum(top_n, scores_nm.max(1) * static.scale)
             shrink_n = jnp.exp2(top_n - now_n)
@@ -208,7 +210,7 @@ def _forward_kernel(
             kept_nm = kept(marked(exp_nm, places, b, h, words_2, origin_4, static), static)
             plgpu.barrier_wait(v_ready.at[slot])
             out_nK = add_product(out_nK, kept_nm, v_slots.at[slot], static)
-            plgpu.barrier_arrive(v_free.at[slot])
+            release(v_free.at[slot], static)
             return now_n, total_n, out_nK
 
         top_n = vector(jnp.full((ROWS,), BLIND, jnp.float32), 0, static)
