@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import reference
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxformer.attention import Mask, attention
 from jaxformer.attention.dropout import keep
@@ -16,6 +17,8 @@ from jaxformer.attention.dropout import keep
 # "grouped", "cross" (T is not S), the type and the backend ("cpu", "gpu", "tpu").
 REFUSALS: dict[str, set[str]] = {
     "pallas_tpu": {"bias", "alibi", "soft cap"},
+    "pallas_gpu": {"bias", "alibi", "soft cap", "float32"}
+    | (set() if hasattr(plgpu, "InterpretGPUParams") else {"cpu"}),
     "blockwise": set(),
     "dense": {"bias", "alibi", "soft cap", "grouped"},
     "reference": set(),

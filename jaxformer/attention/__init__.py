@@ -13,6 +13,7 @@ from jaxformer.attention.context import Implementation
 from jaxformer.attention.dense import dense
 from jaxformer.attention.extras import Extras
 from jaxformer.attention.mask import Mask
+from jaxformer.attention.pallas_gpu import pallas_gpu
 from jaxformer.attention.pallas_tpu import pallas_tpu
 from jaxformer.attention.platform import platform
 from jaxformer.attention.reference import reference
@@ -22,6 +23,7 @@ __all__ = ["IMPLEMENTATIONS", "Mask", "attention"]
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "pallas_tpu": pallas_tpu,
+    "pallas_gpu": pallas_gpu,
     "blockwise": blockwise,
     "dense": dense,
     "reference": reference,
@@ -135,9 +137,10 @@ def _check(q_BTHK, k_BSGK, v_BSGK, bias, alibi, implementation) -> None:
 
 
 def _order(T: int, S: int) -> tuple[str, ...]:
-    left_out = {"pallas_tpu"} if platform() != "tpu" else set()
+    foreign = {"tpu": {"pallas_gpu"}, "gpu": {"pallas_tpu"}, "cuda": {"pallas_tpu"}}
+    left_out = foreign.get(platform(), {"pallas_tpu", "pallas_gpu"})
     if T * S < SHORT:
-        left_out |= {"pallas_tpu", "blockwise"}
+        left_out = left_out | {"pallas_tpu", "pallas_gpu", "blockwise"}
     return tuple(name for name in IMPLEMENTATIONS if name not in left_out)
 
 
