@@ -8,9 +8,8 @@ that is what the hardware raises; the factor log2(e) / sqrt(K) is on the queries
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,18 +33,23 @@ from jaxformer.attention.tpu_blocks import (
     segment_spans,
     tiled,
     unflat,
+    whole_keys,
 )
 from jaxformer.attention.tpu_scores import (
+    Refs,
     Tile,
-    by_mask,
+    ahead,
     column,
     dropped,
+    each_tile,
     finished,
     head,
     kept,
     one_ahead,
     pieces,
     product,
+    shift_of,
+    within,
 )
 
 INTERPRET: Any = True
@@ -59,17 +63,179 @@ def pallas_tpu(
 
     Memory is linear in the length. A bias is a T x S picture itself, and its gradient B of them.
     """
-    segments, bias = mask.q_segments_BT is not None, extras.bias_BHTS is not None
     interpret = platform() != "tpu" and INTERPRET
-    forward_plan, backward_plan = (
-        plan_of(
-            q_BTHK,
-            k_BSGK,
-            mask,
-            extras,
-            tpu_table.tiles(device_kind(), backward, segments=segments, bias=bias),
-            interpret,
-        )
-        for backward in (False, True)
+    sizes = tpu_table.tiles(
+        device_kind(), segments=mask.q_segments_BT is not None, bias=extras.bias_BHTS is not None
     )
-    return _attend(q_BTHK, k_BSGK, v_BSGK, extras.bias_BHTS, mask, extras, ...)
+    plans = tuple(plan_of(q_BTHK, k_BSGK, mask, extras, tiles, interpret) for tiles in sizes)
+    words_2 = jnp.zeros(2, jnp.uint32) if extras.words_2 is None else extras.words_2
+    scalars = {
+        "place_6": jnp.concatenate([jax.lax.bitcast_convert_type(words_2, jnp.int32), extras.first])
+    }
+    if extras.slopes_H is not None:
+        scalars["slopes_H"] = extras.slopes_H
+    segments = mask.q_segments_BT, mask.kv_segments_BS
+    return _attend(q_BTHK, k_BSGK, v_BSGK, extras.bias_BHTS, segments, scalars, plans)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plans):
+    return _forward(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plans)[0]
+
+
+def _forward(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plans):
+    """The output and the log-sum-exp, and what the backward pass needs."""
+    out_BTHK, lse_BHT = _run(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plans[0])
+    saved = (q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, out_BTHK, lse_BHT)
+    # The backward pass keeps the half: there NOTHING less NOTHING would be a weight of 1.
+    return (out_BTHK, jnp.where(lse_BHT > NOTHING / 4, lse_BHT, NOTHING)), saved
+
+
+def _backward(plans, saved, gradients):
+    return (*backward(saved, gradients, plans[1]), None, None)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _run(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plan: Plan) -> tuple[Array, Array]:
+    (B, T, H, _), P, W = q_BTHK.shape, plan.packed, plan.width
+    (I, J), (Tp, Sp) = plan.blocks, plan.padded
+    N, M, X, Y = plan.n * plan.q_tiles, plan.m * plan.k_tiles, plan.q_tiles, plan.k_tiles
+
+    def held(i, j):
+        """The block of keys to hold; what is not computed is not fetched either."""
+        if J == 1 or plan.shifted:
+            return j
+        low, _ = key_span(i * X, plan, 0)
+        _, high = key_span(i * X + X - 1, plan, 0)
+        return jnp.clip(j, over(low, Y), over(jnp.maximum(high - 1, 0), Y))
+
+    def keys(b, g, i, j, *_):
+        return b, held(i, j), over(g, plan.shared)
+
+    q_rows = pl.BlockSpec((None, N, W), lambda b, g, i, j, *_: (b, i, g))
+    k_rows = pl.BlockSpec((None, M, W), keys)
+    specs = {"q": q_rows, "k": k_rows, "v": k_rows}
+    arrays = {"q": flat(q_BTHK, Tp, plan), "k": flat(k_BSGK, Sp, plan), "v": flat(v_BSGK, Sp, plan)}
+    if plan.segments:
+        arrays["q_segments"] = tiled(segments[0], Tp, plan.n)
+        arrays["kv_segments"] = tiled(segments[1], Sp, plan.m)
+        spans = segment_spans(arrays["q_segments"], arrays["kv_segments"])
+        scalars = {**scalars, "low": spans[0], "high": spans[1]}
+        specs["q_segments"] = pl.BlockSpec(
+            (None, X, 1, plan.n), lambda b, g, i, j, *_: (b, i, 0, 0)
+        )
+        specs["kv_segments"] = pl.BlockSpec(
+            (None, Y, 1, plan.m), lambda b, g, i, j, *_: (b, held(i, j), 0, 0)
+        )
+    if plan.bias:
+        rows = bias_BHTS.shape[0]
+        arrays["bias"] = pad(pad(bias_BHTS, 2, Tp), 3, Sp)
+        specs["bias"] = pl.BlockSpec(
+            (None, P, N, M), lambda b, g, i, j, *_: (b if rows > 1 else 0, g, i, held(i, j))
+        )
+    out_BTD, lse = pl.pallas_call(
+        functools.partial(_kernel, plan=plan),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, H // P, I, J),
+            in_specs=[specs],
+            out_specs=[
+                q_rows,
+                pl.BlockSpec((None, None, X, P, plan.n), lambda b, g, i, j, *_: (b, g, i, 0, 0)),
+            ],
+            scratch_shapes=[
+                {
+                    "q": pltpu.VMEM((X, P, plan.n, W), q_BTHK.dtype),
+                    "top": pltpu.VMEM((X, P, plan.n), jnp.float32),
+                    "total": pltpu.VMEM((X, P, plan.n), jnp.float32),
+                    "out": pltpu.VMEM((X, W, plan.n), jnp.float32),
+                }
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((B, Tp, H * plan.K), v_BSGK.dtype),
+            jax.ShapeDtypeStruct((B, H // P, I * X, P, plan.n), jnp.float32),
+        ],
+        compiler_params=plan.parameters("parallel", "arbitrary"),
+        interpret=plan.interpret,
+        name="flash_attention",
+    )(scalars, arrays)
+    lse_BHT = jnp.swapaxes(lse, 2, 3).reshape(B, H, Tp)[:, :, :T]
+    return unflat(out_BTD, T, plan), lse_BHT
+
+
+def _kernel(scalars: Refs, refs: Refs, out_NW, lse, sums: Refs, *, plan: Plan):
+    b, g, i_block, j_block = (pl.program_id(axis) for axis in range(4))
+    shift = shift_of(scalars, plan)
+    top, total, out = sums["top"], sums["total"], sums["out"]
+
+    def queries(x, _):
+        i = i_block * plan.q_tiles + x
+        rows = within(x, slice(0, plan.n), plan.n, plan.n)
+
+        @pl.when(j_block == 0)
+        def _():
+            # Against a floor above NOTHING, a query with nothing to look at sums to zero.
+            top[x] = jnp.full(top.shape[1:], NOTHING / 2, jnp.float32)
+            total[x] = jnp.zeros(total.shape[1:], jnp.float32)
+            out[x] = jnp.zeros(out.shape[1:], jnp.float32)
+            for p in range(plan.packed):
+                sums["q"][x, p] = head(refs["q"][rows], p, plan, plan.factor)
+
+        low, high = key_span(i, plan, shift)
+        if plan.segments:
+            low = jnp.maximum(low, scalars["low"][b, i])
+            high = jnp.minimum(high, scalars["high"][b, i])
+
+        def tile(j, masked: bool):
+            y = j - j_block * plan.k_tiles
+            here = Tile(b, g, i, j, ahead(i, j, shift, plan, masked))
+            if plan.segments:
+                keys_m1 = column(refs["kv_segments"][y])
+                here = here._replace(q_segments_1n=refs["q_segments"][x], kv_segments_m1=keys_m1)
+            _look(here, x, y, scalars, refs, sums, plan)
+
+        first = j_block * plan.k_tiles
+        each_tile((low, high), whole_keys(i, plan, shift), first, plan.k_tiles, plan, tile)
+
+        @pl.when(j_block == plan.blocks[1] - 1)
+        def _():
+            sums_Pn = jnp.maximum(total[x], 1e-30)
+            for p in range(plan.packed):
+                own = slice(p * plan.K, (p + 1) * plan.K)
+                out[x, own] = out[x, own] / sums_Pn[p : p + 1]
+            out_NW[rows] = out[x].T.astype(out_NW.dtype)
+            lse[x] = (top[x] + jnp.log2(sums_Pn)) / LOG2_E
+
+    if plan.q_tiles == 1:
+        queries(0, None)
+    else:
+        jax.lax.fori_loop(0, plan.q_tiles, queries, None)
+
+
+def _look(tile: Tile, x, y, scalars: Refs, refs: Refs, sums: Refs, plan: Plan) -> None:
+    """The online softmax: one tile of keys is added to what its queries have seen so far."""
+    top, total, out = sums["top"], sums["total"], sums["out"]
+
+    def scores(piece) -> Array:
+        k_mW = refs["k"][within(y, piece.keys, plan.m, plan.piece_m)]
+        return product(k_mW, sums["q"][x, piece.p, piece.queries], 1, 1)
+
+    for piece, scores_mn in one_ahead(pieces(plan, tile.ahead), scores):
+        p, columns = slice(piece.p, piece.p + 1), piece.queries
+        own = slice(piece.p * plan.K, (piece.p + 1) * plan.K)
+        scores_mn, _ = finished(scores_mn, tile, piece, plan, scalars, refs.get("bias"), x, y)
+        before_1n = top[x, p, columns]
+        now_1n = jnp.maximum(before_1n, scores_mn.max(0, keepdims=True))
+        exp_mn = jnp.exp2(scores_mn - now_1n)
+        shrink_1n = jnp.exp2(before_1n - now_1n)
+        top[x, p, columns] = now_1n
+        total[x, p, columns] = total[x, p, columns] * shrink_1n + exp_mn.sum(0, keepdims=True)
+        exp_mn = dropped(exp_mn, kept(exp_mn.shape, tile, piece, plan, scalars), plan)
+        v_mW = refs["v"][within(y, piece.keys, plan.m, plan.piece_m)]
+        more_Wn = product(v_mW, exp_mn.astype(v_mW.dtype), 0, 0)
+        if plan.packed > 1:
+            more_Wn = more_Wn[own]
+        out[x, own, columns] = out[x, own, columns] * shrink_1n + more_Wn

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from jaxformer.attention.extras import Extras
 from jaxformer.attention.mask import Mask
-from jaxformer.attention.tpu_table import LANES, Tiles
+from jaxformer.attention.tpu_table import LANES, VMEM, Tiles
 
 LOG2_E = math.log2(math.e)
 
@@ -66,6 +67,12 @@ class Plan(NamedTuple):
         return I * self.n * self.q_tiles, J * self.m * self.k_tiles
 
     @property
+    def tiles(self) -> tuple[int, int]:
+        """Tiles of queries and of keys, padding included."""
+        (I, J) = self.blocks
+        return I * self.q_tiles, J * self.k_tiles
+
+    @property
     def ragged(self) -> bool:
         """Whether a query could look at the padding behind the keys."""
         hidden = self.causal and not self.shifted and self.T <= self.S
@@ -81,6 +88,13 @@ class Plan(NamedTuple):
     def factor(self) -> float:
         """On queries: it makes scores exponents of 2, or arguments of the soft cap."""
         return self.scale * (LOG2_E if self.soft_cap is None else 1 / self.soft_cap)
+
+
+    def parameters(self, *order: str) -> pltpu.CompilerParams:
+        """How the grid may be walked: rows and heads in any order, then as given."""
+        return pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", *order), vmem_limit_bytes=VMEM
+        )
 
 
 def plan_of(
@@ -160,11 +174,10 @@ def over(position, block: int):
     return jax.lax.div(position, jnp.int32(block))
 
 
-def key_span(i, plan: Plan, shift, segment_span=None):
+def key_span(i, plan: Plan, shift):
     """The first tile of keys that tile i of the queries may see, and the one after the last.
 
-    `shift` is by how many places the first query stands behind the first key; `segment_span` the
-    same two numbers as segments alone have it.
+    `shift` is by how many places the first query stands behind the first key.
     """
     first = i * plan.n + shift
     reach = (plan.window or 1) - 1
@@ -174,10 +187,10 @@ def key_span(i, plan: Plan, shift, segment_span=None):
     if plan.causal or plan.window is not None:
         last = first + plan.n - 1 + (0 if plan.causal else reach)
         high = jnp.minimum(high, _tile(last + plan.m, plan.m))
-    return _both(low, high, segment_span)
+    return low, high
 
 
-def query_span(j, plan: Plan, shift, segment_span=None):
+def query_span(j, plan: Plan, shift):
     """The first tile of queries that may see tile j of the keys, and the one after the last."""
     first = j * plan.m - shift
     reach = (plan.window or 1) - 1
@@ -186,17 +199,37 @@ def query_span(j, plan: Plan, shift, segment_span=None):
         low = _tile(first - (0 if plan.causal else reach), plan.n)
     if plan.window is not None:
         high = jnp.minimum(high, _tile(first + plan.m - 1 + reach + plan.n, plan.n))
-    return _both(low, high, segment_span)
+    return low, high
+
+
+def whole_keys(i, plan: Plan, shift):
+    """The first tile of keys that tile i of the queries sees as a whole, and after the last."""
+    first = i * plan.n + shift
+    low, high = jnp.int32(0), jnp.int32(plan.S // plan.m if plan.ragged else plan.tiles[1])
+    if plan.causal:
+        high = jnp.minimum(high, _tile(first + 1, plan.m))
+    if plan.window is not None:
+        high = jnp.minimum(high, _tile(first + plan.window, plan.m))
+        low = _tile(first + plan.n - 1 - plan.window + plan.m, plan.m)
+    return low, high
+
+
+def whole_queries(j, plan: Plan, shift):
+    """The first tile of queries that sees tile j of the keys as a whole, and after the last."""
+    first = j * plan.m - shift
+    low, high = jnp.int32(0), jnp.int32(plan.tiles[0])
+    if plan.ragged:
+        high = jnp.where((j + 1) * plan.m <= plan.S, high, 0)
+    if plan.causal:
+        low = _tile(first + plan.m + plan.n - 2, plan.n)
+    if plan.window is not None:
+        low = jnp.maximum(low, _tile(first + plan.m - plan.window + plan.n - 1, plan.n))
+        high = jnp.minimum(high, _tile(first + plan.window, plan.n))
+    return low, high
 
 
 def _tile(position, tile: int):
     return over(jnp.maximum(position, 0), tile)
-
-
-def _both(low, high, segment_span):
-    if segment_span is None:
-        return low, high
-    return jnp.maximum(low, segment_span[0]), jnp.minimum(high, segment_span[1])
 
 
 def segment_spans(own_BI1n: Array, other_BJ1m: Array) -> tuple[Array, Array]:

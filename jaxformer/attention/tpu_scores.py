@@ -6,6 +6,7 @@ Pieces are transposed, [keys, queries], and scores are exponents of 2.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -92,36 +93,56 @@ def one_ahead(todo: list[Piece], compute: Callable[[Piece], Any]) -> Iterator[tu
         yield piece, ready
 
 
-def by_mask(tile: Tile, plan: Plan, body: Callable[[Tile], None]) -> None:
-    """Runs the body without a mask where a tile is visible as a whole, else with it."""
+def shift_of(scalars: Refs, plan: Plan):
+    """By how many places the first query stands behind the first key."""
+    place = scalars["place_6"]
+    return place[4] - place[5] if plan.shifted else 0
+
+
+def ahead(i, j, shift, plan: Plan, masked: bool):
+    """`Tile.ahead` of tile i of the queries and j of the keys."""
+    if not masked:
+        return None
+    return 0 if plan.aligned else i * plan.n + shift - j * plan.m
+
+
+def each_tile(
+    span, whole, first, count: int, plan: Plan, body: Callable[[Any, bool], None]
+) -> None:
+    """Calls the body with (tile, masked) for the tiles of `span` that are in a block.
+
+    Without a mask for those in `whole`; the tiles of a block are `first` and the next `count`.
+    """
+    low, high = jnp.maximum(span[0], first), jnp.minimum(span[1], first + count)
     if plan.segments:
-        return body(tile)
-    first, last = tile.ahead - plan.m + 1, tile.ahead + plan.n - 1  # the extreme distances
-    visible = []
-    if plan.causal:
-        visible.append(first >= 0)
-    if plan.window is not None:
-        visible.append((first > -plan.window) & (last < plan.window))
-    if plan.ragged:
-        visible.append((tile.j + 1) * plan.m <= plan.S)
-    if not visible:
-        return body(tile._replace(ahead=None))
-    whole = functools.reduce(jnp.logical_and, visible)
-    pl.when(whole)(lambda: body(tile._replace(ahead=None)))
-    cut = tile._replace(ahead=0) if plan.aligned else tile
-    pl.when(jnp.logical_not(whole))(lambda: body(cut))
+        return _loop(low, high, lambda j: body(j, True))
+    if not (plan.causal or plan.window is not None or plan.ragged):
+        return _loop(low, high, lambda j: body(j, False))
+    whole_low = jnp.clip(whole[0], low, jnp.maximum(low, high))
+    whole_high = jnp.clip(whole[1], whole_low, jnp.maximum(whole_low, high))
+    _loop(low, whole_low, lambda j: body(j, True))
+    _loop(whole_low, whole_high, lambda j: body(j, False))
+    _loop(whole_high, high, lambda j: body(j, True))
+
+
+def _loop(low, high, body: Callable[[Any], None]) -> None:
+    jax.lax.fori_loop(low, high, lambda j, _: body(j), None)
 
 
 def finished(
-    x_mn: Array, tile: Tile, piece: Piece, plan: Plan, scalars: Refs, bias_nm: Array | None
+    x_mn: Array, tile: Tile, piece: Piece, plan: Plan, scalars: Refs, bias, x, y
 ) -> tuple[Array, Array | None]:
-    """Scores as exponents of 2, NOTHING where the mask forbids; and the slope of the soft cap."""
+    """Scores as exponents of 2, NOTHING where the mask forbids; and the slope of the soft cap.
+
+    x, y: the tile's place in the block of the bias.
+    """
     slope_mn = None
     if plan.soft_cap is not None:
         x_mn = jnp.tanh(x_mn)
         slope_mn = 1 - x_mn * x_mn
         x_mn = x_mn * (plan.soft_cap * LOG2_E)
-    if bias_nm is not None:
+    if bias is not None:
+        bias_nm = bias[(piece.p, *of_block(x, y, piece, plan))]
         x_mn = x_mn + bias_nm.astype(jnp.float32).T * LOG2_E
     if plan.alibi:
         place = scalars["place_6"]
@@ -130,6 +151,21 @@ def finished(
         x_mn = x_mn - away_mn * (scalars["slopes_H"][tile.g * plan.packed + piece.p] * LOG2_E)
     allowed_mn = _allowed(x_mn.shape, tile, piece, plan)
     return (x_mn if allowed_mn is None else jnp.where(allowed_mn, x_mn, NOTHING)), slope_mn
+
+
+def of_block(x, y, piece: Piece, plan: Plan) -> tuple:
+    """The queries and the keys of a piece in a block whose tile it is."""
+    queries, keys = piece.queries, piece.keys
+    return (
+        within(x, queries, plan.n, plan.piece_n),
+        within(y, keys, plan.m, plan.piece_m),
+    )
+
+
+def within(x, part: slice, tile: int, piece: int):
+    """Part of tile x as part of its block."""
+    start = pl.multiple_of(x * tile + part.start, math.gcd(tile, piece))
+    return pl.ds(start, part.stop - part.start)
 
 
 def _distances(shape, piece: Piece, ahead) -> Array:

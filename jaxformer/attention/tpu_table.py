@@ -19,16 +19,14 @@ class Tiles(NamedTuple):
     piece_m: int  # keys of a piece
 
 
-DENSE_FORWARD = Tiles(1024, 1024, 1024, 4096, 512, 256)
-DENSE_BACKWARD = Tiles(512, 512, 4096, 512, 512, 256)
-PACKED = Tiles(128, 64, 1024, 2048, 128, 64)
-BIASED = Tiles(512, 512, 512, 512, 512, 256)
+VMEM = 100 * 2**20
+"""Bytes of a core's memory that a kernel may use."""
+
+DENSE = Tiles(1024, 1024, 1024, 4096, 256, 128), Tiles(512, 512, 4096, 512, 256, 128)
+PACKED = Tiles(128, 128, 1024, 2048, 128, 128), Tiles(128, 128, 2048, 1024, 128, 128)
+BIASED = Tiles(512, 512, 512, 512, 256, 128), Tiles(512, 512, 512, 512, 256, 128)
 
 
-def tiles(kind: str, backward: bool, *, segments: bool, bias: bool) -> Tiles:
-    """The sizes for a kind of device, as `jax.Device.device_kind` names it."""
-    if bias:
-        return BIASED
-    if segments:
-        return PACKED
-    return DENSE_BACKWARD if backward else DENSE_FORWARD
+def tiles(kind: str, *, segments: bool, bias: bool) -> tuple[Tiles, Tiles]:
+    """The sizes, forward and backward, for a kind of device as `jax.Device.device_kind` has it."""
+    return BIASED if bias else PACKED if segments else DENSE
