@@ -52,10 +52,6 @@ def backward(saved, gradients, plan: Plan) -> tuple[Array, Array, Array, Array |
     (B, T, H, _), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
     P, W, (I, J), (Tp, Sp) = plan.packed, plan.width, plan.blocks, plan.padded
     N, M, X, Y = plan.n * plan.q_tiles, plan.m * plan.k_tiles, plan.q_tiles, plan.k_tiles
-    inner_BHT = jnp.einsum(
-        "bthk,bthk->bht", out_BTHK, out_grad_BTHK, preferred_element_type=jnp.float32
-    )
-    inner_BHT -= lse_grad_BHT  # the gradient of log-sum-exp for a score is that score's weight
 
     def statistic(x_BHT):
         """[B, H / P, tiles, P, n]"""
@@ -74,15 +70,16 @@ def backward(saved, gradients, plan: Plan) -> tuple[Array, Array, Array, Array |
     k_rows = pl.BlockSpec((None, M, W), lambda b, g, j, i, *_: (b, j, over(g, plan.shared)))
     k_grads = pl.BlockSpec((None, M, W), lambda b, g, j, i, *_: (b, j, g))
     across = pl.BlockSpec((None, None, X, P, plan.n), lambda b, g, j, i, *_: (b, g, i, 0, 0))
-    specs = {"q": q_rows, "k": k_rows, "v": k_rows, "out_grad": q_rows, "lse": across}
-    specs["inner"] = across
+    specs = {"q": q_rows, "k": k_rows, "v": k_rows, "out": q_rows, "out_grad": q_rows}
+    specs |= {"lse": across, "lse_grad": across}
     arrays = {
         "q": flat(q_BTHK, Tp, plan),
         "k": flat(k_BSGK, Sp, plan),
         "v": flat(v_BSGK, Sp, plan),
         "out_grad": flat(out_grad_BTHK.astype(v_BSGK.dtype), Tp, plan),
-        "lse": statistic(lse_BHT * LOG2_E),
-        "inner": statistic(inner_BHT),
+        "out": flat(out_BTHK, Tp, plan),
+        "lse": statistic(lse_BHT),
+        "lse_grad": statistic(lse_grad_BHT),
     }
     if plan.segments:
         arrays["q_segments"] = tiled(segments[0], Tp, plan.n)
@@ -125,6 +122,7 @@ def backward(saved, gradients, plan: Plan) -> tuple[Array, Array, Array, Array |
                 {
                     "q": pltpu.VMEM((I * X, P, plan.n, W), q_BTHK.dtype),
                     "out_grad": pltpu.VMEM((I * X, P, plan.n, W), v_BSGK.dtype),
+                    "inner": pltpu.VMEM((I * X, P, plan.n), jnp.float32),
                     "q_sum": pltpu.VMEM((I * X, W, plan.n), jnp.float32),
                     "k_sum": pltpu.VMEM((M, W), jnp.float32),
                     "v_sum": pltpu.VMEM((M, W), jnp.float32),
@@ -166,9 +164,15 @@ def _kernel(scalars: Refs, refs: Refs, grads: Refs, sums: Refs, *, plan: Plan):
         def copy(x, _):
             rows = within(x, slice(0, plan.n), plan.n, plan.n)
             sums["q_sum"][first + x] = jnp.zeros(sums["q_sum"].shape[1:], jnp.float32)
+            out_nW, out_grad_nW = refs["out"][rows], refs["out_grad"][rows]
+            inner_Wn = (out_nW.astype(jnp.float32) * out_grad_nW.astype(jnp.float32)).T
             for p in range(plan.packed):
+                row, own = slice(p, p + 1), slice(p * plan.K, (p + 1) * plan.K)
                 sums["q"][first + x, p] = head(refs["q"][rows], p, plan, plan.factor)
-                sums["out_grad"][first + x, p] = head(refs["out_grad"][rows], p, plan)
+                sums["out_grad"][first + x, p] = head(out_grad_nW, p, plan)
+                # The gradient of log-sum-exp for a score is that score's weight.
+                inner_1n = inner_Wn[own].sum(0, keepdims=True) - refs["lse_grad"][x, row]
+                sums["inner"][first + x, row] = inner_1n
 
         tiles(copy)
 
@@ -184,8 +188,9 @@ def _kernel(scalars: Refs, refs: Refs, grads: Refs, sums: Refs, *, plan: Plan):
         j = j_block * plan.k_tiles + y
         span = query_span(j, plan, shift)
         if plan.segments:
-            span = jnp.maximum(span[0], scalars["low"][b, j]), jnp.minimum(
-                span[1], scalars["high"][b, j]
+            span = (
+                jnp.maximum(span[0], scalars["low"][b, j]),
+                jnp.minimum(span[1], scalars["high"][b, j]),
             )
 
         def tile(i, masked: bool):
@@ -193,7 +198,8 @@ def _kernel(scalars: Refs, refs: Refs, grads: Refs, sums: Refs, *, plan: Plan):
             here = Tile(b, g, i, j, ahead(i, j, shift, plan, masked))
             if plan.segments:
                 here = here._replace(
-                    q_segments_1n=refs["q_segments"][x], kv_segments_m1=column(refs["kv_segments"][y])
+                    q_segments_1n=refs["q_segments"][x],
+                    kv_segments_m1=column(refs["kv_segments"][y]),
                 )
             _look(here, x, y, scalars, refs, grads, sums, plan)
 
@@ -235,11 +241,13 @@ def _look(tile: Tile, x, y, scalars: Refs, refs: Refs, grads: Refs, sums: Refs, 
         p, columns = slice(piece.p, piece.p + 1), piece.queries
         own = slice(piece.p * plan.K, (piece.p + 1) * plan.K)
         keys = within(y, piece.keys, plan.m, plan.piece_m)
-        scores_mn, slope_mn = finished(scores_mn, tile, piece, plan, scalars, refs.get("bias"), x, y)
-        weights_mn = jnp.exp2(scores_mn - refs["lse"][x, p, columns])
+        scores_mn, slope_mn = finished(
+            scores_mn, tile, piece, plan, scalars, refs.get("bias"), x, y
+        )
+        weights_mn = jnp.exp2(scores_mn - refs["lse"][x, p, columns] * LOG2_E)
         kept_mn = kept(weights_mn.shape, tile, piece, plan, scalars)
         weight_grad_mn = dropped(weight_grad_mn, kept_mn, plan)
-        score_grad_mn = weights_mn * (weight_grad_mn - refs["inner"][x, p, columns])
+        score_grad_mn = weights_mn * (weight_grad_mn - sums["inner"][tile.i, p, columns])
         if plan.bias:
             grads["bias"][(piece.p, *of_block(x, y, piece, plan))] = score_grad_mn.T
         if slope_mn is not None:

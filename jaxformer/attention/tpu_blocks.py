@@ -89,7 +89,6 @@ class Plan(NamedTuple):
         """On queries: it makes scores exponents of 2, or arguments of the soft cap."""
         return self.scale * (LOG2_E if self.soft_cap is None else 1 / self.soft_cap)
 
-
     def parameters(self, *order: str) -> pltpu.CompilerParams:
         """How the grid may be walked: rows and heads in any order, then as given."""
         return pltpu.CompilerParams(

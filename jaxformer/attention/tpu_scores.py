@@ -205,7 +205,9 @@ def kept(shape, tile: Tile, piece: Piece, plan: Plan, scalars: Refs) -> Array | 
     place = scalars["place_6"]
     words = tuple(jax.lax.bitcast_convert_type(place[w], jnp.uint32) for w in range(2))
     outer = (place[2] + tile.b) * plan.heads + place[3] + tile.g * plan.packed + piece.p
-    query_mn = jax.lax.broadcasted_iota(jnp.int32, shape, 1) + (tile.i * plan.n + piece.queries.start)
+    query_mn = jax.lax.broadcasted_iota(jnp.int32, shape, 1) + (
+        tile.i * plan.n + piece.queries.start
+    )
     key_mn = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + (tile.j * plan.m + piece.keys.start)
     inner_mn = (place[4] + query_mn) * plan.keys + (place[5] + key_mn)
     return keep_at((words[0], words[1]), plan.rate, outer, inner_mn)
@@ -213,7 +215,8 @@ def kept(shape, tile: Tile, piece: Piece, plan: Plan, scalars: Refs) -> Array | 
 
 def dropped(x_mn: Array, kept_mn: Array | None, plan: Plan) -> Array:
     """Dropout: what is kept is scaled up."""
-    return x_mn if kept_mn is None else jnp.where(kept_mn, x_mn * (1 / (1 - plan.rate)), 0.0)
+    # A product with 0: libtpu aborts on a matrix product whose operand was selected by a mask.
+    return x_mn if kept_mn is None else x_mn * jnp.where(kept_mn, 1 / (1 - plan.rate), 0.0)
 
 
 def column(row_1m: Array) -> Array:

@@ -22,7 +22,7 @@ class Tiles(NamedTuple):
 VMEM = 100 * 2**20
 """Bytes of a core's memory that a kernel may use."""
 
-DENSE = Tiles(1024, 1024, 1024, 4096, 256, 128), Tiles(512, 512, 4096, 512, 256, 128)
+DENSE = Tiles(1024, 1024, 1024, 4096, 256, 128), Tiles(1024, 1024, 4096, 1024, 256, 128)
 PACKED = Tiles(128, 128, 1024, 2048, 128, 128), Tiles(128, 128, 2048, 1024, 128, 128)
 BIASED = Tiles(512, 512, 512, 512, 256, 128), Tiles(512, 512, 512, 512, 256, 128)
 
