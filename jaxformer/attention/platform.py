@@ -16,6 +16,6 @@ def platform() -> str:
 
 
 def device_kind() -> str:
-    """The model of the machine, as JAX names it: "TPU v5 lite", "TPU7x", "NVIDIA H100 80GB HBM3"."""
+    """The model of the machine, as JAX names it: "TPU v5 lite", "TPU7x", "NVIDIA H100"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.devices()[0].device_kind if device is None else device.device_kind

@@ -234,7 +234,7 @@ def _tile(position, tile: int):
 def segment_spans(own_BI1n: Array, other_BJ1m: Array) -> tuple[Array, Array]:
     """int32 [B, tiles]: what segments leave of the other side's tiles; first, and after the last.
 
-    Segments of a tile are taken for a range of ids, which they are in rows that are packed in order.
+    Segments of a tile are taken for a range of ids; in rows packed in order they are one.
     """
     own_BIn, other_BJm = own_BI1n[:, :, 0], other_BJ1m[:, :, 0]
     highest = jnp.iinfo(jnp.int32).max
