@@ -16,7 +16,7 @@ from jaxformer.attention.dropout import keep
 # Features of a call: "bias", "alibi", "soft cap", "dropout", "window", "causal", "segments",
 # "grouped", "cross" (T is not S), the type and the backend ("cpu", "gpu", "tpu").
 REFUSALS: dict[str, set[str]] = {
-    "pallas_tpu": {"bias", "alibi", "soft cap"},
+    "pallas_tpu": set(),
     "pallas_gpu": {"bias", "alibi", "soft cap", "float32"}
     | (set() if hasattr(plgpu, "InterpretGPUParams") else {"cpu"}),
     "blockwise": set(),

@@ -12,8 +12,8 @@ from jaxformer.attention.dropout import keep_at
 from jaxformer.attention.extras import NOTHING, Extras
 from jaxformer.attention.mask import Mask
 
-BLOCK_Q, BLOCK_K = 256, 256
-"""Positions of a block: a picture of all heads of it stays in the second-level cache."""
+BLOCK_Q, BLOCK_K = 256, 512
+"""Positions of a block: the fastest of nine pairs at S 1,024 and 2,048 on a CPU of 2 cores."""
 
 
 class Row(NamedTuple):

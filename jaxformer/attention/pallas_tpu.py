@@ -1,9 +1,9 @@
-"""Flash attention for TPU in Pallas.
+"""Flash attention for TPU in Pallas: the call, and the forward kernel.
 
 Dao et al. (2022), "FlashAttention". Scores are kept transposed, [keys, queries]: the running
 maximum and sum of a query then lie along lanes, so that reducing over keys adds vector registers to
-each other, and spreading a statistic over keys repeats a sublane. The backward pass is one kernel:
-the gradient of the queries of one head stays in VMEM while the blocks of keys go by.
+each other, and spreading a statistic over keys repeats a sublane. Scores are exponents of 2, since
+that is what the hardware raises; the factor log2(e) / sqrt(K) is on the queries.
 """
 
 from __future__ import annotations
@@ -17,22 +17,41 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxformer.attention import tpu_table
 from jaxformer.attention.extras import NOTHING, Extras
 from jaxformer.attention.mask import Mask
-from jaxformer.attention.platform import platform
+from jaxformer.attention.platform import device_kind, platform
+from jaxformer.attention.tpu_backward import backward
 from jaxformer.attention.tpu_blocks import (
-    Static,
-    bounds,
-    dropped,
-    masked,
+    LOG2_E,
+    Plan,
+    flat,
+    key_span,
     over,
     pad,
+    plan_of,
+    segment_spans,
+    tiled,
+    unflat,
+    whole_keys,
+)
+from jaxformer.attention.tpu_scores import (
+    Refs,
+    Tile,
+    ahead,
+    column,
+    dropped,
+    each_tile,
+    finished,
+    head,
+    kept,
+    one_ahead,
+    pieces,
     product,
-    spans,
+    shift_of,
+    within,
 )
 
-BLOCK_Q, BLOCK_K = 512, 512
-LANES = 128
 INTERPRET: Any = True
 """How the kernels run where there is no TPU; `pltpu.InterpretParams` looks for races."""
 
@@ -40,282 +59,183 @@ INTERPRET: Any = True
 def pallas_tpu(
     q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask: Mask, extras: Extras
 ) -> tuple[Array, Array]:
-    """Attention of any length and head size; on other machines than a TPU it is interpreted."""
-    extras.refuse("pallas_tpu", "a bias", "ALiBi", "a soft cap")
-    if extras.shifted and (mask.causal or mask.window is not None):
-        raise NotImplementedError("pallas_tpu attention counts places from the start of the rows")
-    (B, T), S = q_BTHK.shape[:2], k_BSGK.shape[1]
-    static = Static(
-        mask.causal,
-        mask.window,
-        extras.rate,
-        mask.q_segments_BT is not None,
-        T,
-        S,
-        extras.heads,
-        extras.keys,
-        min(BLOCK_Q, pl.cdiv(T, LANES) * LANES),
-        min(BLOCK_K, pl.cdiv(S, LANES) * LANES),
-        platform() != "tpu" and INTERPRET,
+    """Attention of any length and head size; on other machines than a TPU it is interpreted.
+
+    Memory is linear in the length. A bias is a T x S picture itself, and its gradient B of them.
+    """
+    interpret = platform() != "tpu" and INTERPRET
+    sizes = tpu_table.tiles(
+        device_kind(), segments=mask.q_segments_BT is not None, bias=extras.bias_BHTS is not None
     )
-    q_segments_BT, kv_segments_BS = mask.q_segments_BT, mask.kv_segments_BS
-    if q_segments_BT is None or kv_segments_BS is None:
-        q_segments_BT, kv_segments_BS = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
+    plans = tuple(plan_of(q_BTHK, k_BSGK, mask, extras, tiles, interpret) for tiles in sizes)
     words_2 = jnp.zeros(2, jnp.uint32) if extras.words_2 is None else extras.words_2
-    place_6 = jnp.concatenate([jax.lax.bitcast_convert_type(words_2, jnp.int32), extras.first])
-    q_BHTK, k_BGSK, v_BGSK = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
-    scaled = q_BHTK * jnp.asarray(q_BHTK.shape[-1] ** -0.5, q_BHTK.dtype)
-    out_BHTK, lse_BHT = _attend(
-        scaled, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, place_6, static
-    )
-    return jnp.swapaxes(out_BHTK, 1, 2), lse_BHT
+    scalars = {
+        "place_6": jnp.concatenate([jax.lax.bitcast_convert_type(words_2, jnp.int32), extras.first])
+    }
+    if extras.slopes_H is not None:
+        scalars["slopes_H"] = extras.slopes_H
+    segments = mask.q_segments_BT, mask.kv_segments_BS
+    return _attend(q_BTHK, k_BSGK, v_BSGK, extras.bias_BHTS, segments, scalars, plans)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, place_6, static):
-    return _forward(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, place_6, static)[0]
+def _attend(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plans):
+    return _forward(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plans)[0]
 
 
-def _forward(q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, place_6, static: Static):
-    """The output and what the backward pass needs; log-sum-exp float32 [B, H, 1, T]."""
-    B, H, T, K = q_BHTK.shape
-    R = H // k_BGSK.shape[1]
-    n, m, (I, J) = static.n, static.m, static.blocks
-    segment_spans = spans(q_segments_BT, kv_segments_BS, static)
-
-    def keys(b, h, i, j, first, end, place_6):
-        """The block to hold; blocks that are not computed are not fetched either."""
-        low, high = bounds(b, i, first, end, static)
-        held = jnp.minimum(jnp.maximum(j, low), jnp.maximum(high - 1, 0))
-        return b, over(h, R), held, 0
-
-    def across(b, h, i, j, *scalars):
-        b, g, j, _ = keys(b, h, i, j, *scalars)
-        return b, g, 0, j
-
-    rows = [
-        pl.BlockSpec((None, None, n, K), lambda b, h, i, j, *_: (b, h, i, 0)),
-        pl.BlockSpec((None, None, m, K), keys),
-        pl.BlockSpec((None, None, K, m), across),
-        pl.BlockSpec((None, 1, n), lambda b, h, i, j, *_: (b, 0, i)),
-        pl.BlockSpec((None, m, 1), lambda *a: (a[0], keys(*a)[2], 0)),
-    ]
-    out_BHTK, lse_BH1T = pl.pallas_call(
-        functools.partial(_forward_kernel, static=static),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(B, H, I, J),
-            in_specs=rows,
-            out_specs=[
-                pl.BlockSpec((None, None, n, K), lambda b, h, i, j, *_: (b, h, i, 0)),
-                pl.BlockSpec((None, None, 1, n), lambda b, h, i, j, *_: (b, h, 0, i)),
-            ],
-            scratch_shapes=[
-                pltpu.VMEM((1, n), jnp.float32),
-                pltpu.VMEM((1, n), jnp.float32),
-                pltpu.VMEM((K, n), jnp.float32),
-            ],
-        ),
-        out_shape=[
-            jax.ShapeDtypeStruct((B, H, I * n, K), v_BGSK.dtype),
-            jax.ShapeDtypeStruct((B, H, 1, I * n), jnp.float32),
-        ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
-        ),
-        interpret=static.interpret,
-        name="flash_attention",
-    )(
-        *segment_spans,
-        place_6,
-        pad(q_BHTK, 2, n),
-        pad(k_BGSK, 2, m),
-        jnp.swapaxes(pad(v_BGSK, 2, m), 2, 3),
-        pad(q_segments_BT, 1, n)[:, None],
-        pad(kv_segments_BS, 1, m)[..., None],
-    )
-    out_BHTK = out_BHTK[:, :, :T]
-    saved = (q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, place_6, out_BHTK, lse_BH1T)
-    lse_BHT = lse_BH1T[:, :, 0, :T]
+def _forward(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plans):
+    """The output and the log-sum-exp, and what the backward pass needs."""
+    out_BTHK, lse_BHT = _run(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plans[0])
+    saved = (q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, out_BTHK, lse_BHT)
     # The backward pass keeps the half: there NOTHING less NOTHING would be a weight of 1.
-    return (out_BHTK, jnp.where(lse_BHT > NOTHING / 4, lse_BHT, NOTHING)), saved
+    return (out_BTHK, jnp.where(lse_BHT > NOTHING / 4, lse_BHT, NOTHING)), saved
 
 
-def _forward_kernel(
-    first_BI,
-    end_BI,
-    place_6,
-    q_nK,
-    k_mK,
-    v_Km,
-    q_segments_1n,
-    kv_segments_m1,
-    out_nK,
-    lse_1n,
-    top_1n,
-    total_1n,
-    out_Kn,
-    *,
-    static,
-):
-    b, h, i, j = (pl.program_id(axis) for axis in range(4))
-
-    @pl.when(j == 0)
-    def _():
-        # Against a floor above NOTHING, a query with nothing to look at sums to zero.
-        top_1n[...] = jnp.full(top_1n.shape, NOTHING / 2, jnp.float32)
-        total_1n[...] = jnp.zeros(total_1n.shape, jnp.float32)
-        out_Kn[...] = jnp.zeros(out_Kn.shape, jnp.float32)
-
-    low, high = bounds(b, i, first_BI, end_BI, static)
-
-    @pl.when((low <= j) & (j < high))
-    def _():
-        scores_mn = product(k_mK[...], q_nK[...], 1, 1)
-        scores_mn = masked(scores_mn, q_segments_1n, kv_segments_m1, i, j, static)
-        before_1n = top_1n[...]
-        now_1n = jnp.maximum(before_1n, scores_mn.max(0, keepdims=True))
-        exp_mn = jnp.exp(scores_mn - now_1n)
-        shrink_1n = jnp.exp(before_1n - now_1n)
-        top_1n[...] = now_1n
-        total_1n[...] = total_1n[...] * shrink_1n + exp_mn.sum(0, keepdims=True)
-        kept_mn = dropped(exp_mn, place_6, b, h, i, j, static)
-        more_Kn = product(v_Km[...], kept_mn.astype(v_Km.dtype), 1, 0)
-        out_Kn[...] = out_Kn[...] * shrink_1n + more_Kn
-
-    @pl.when(j == pl.num_programs(3) - 1)
-    def _():
-        whole_1n = jnp.maximum(total_1n[...], 1e-30)
-        out_nK[...] = (out_Kn[...] / whole_1n).T.astype(out_nK.dtype)
-        lse_1n[...] = top_1n[...] + jnp.log(whole_1n)
-
-
-def _backward(static: Static, saved, gradients):
-    q_BHTK, k_BGSK, v_BGSK, q_segments_BT, kv_segments_BS, place_6, out_BHTK, lse_BH1T = saved
-    out_grad_BHTK, lse_grad_BHT = gradients
-    B, H, T, K = q_BHTK.shape
-    S, G = k_BGSK.shape[2], k_BGSK.shape[1]
-    R = H // G
-    n, m, (I, J) = static.n, static.m, static.blocks
-    inner_BHT = (out_BHTK.astype(jnp.float32) * out_grad_BHTK.astype(jnp.float32)).sum(-1)
-    inner_BHT -= lse_grad_BHT  # the gradient of log-sum-exp for a score is that score's weight
-    segment_spans = spans(q_segments_BT, kv_segments_BS, static)
-
-    def query(j, i):
-        """The block to hold: before the first that sees these keys, that one already."""
-        return jnp.minimum(jnp.maximum(i, over(j * m, n)), I - 1) if static.causal else i
-
-    q_rows = pl.BlockSpec((None, None, n, K), lambda b, h, j, i, *_: (b, h, query(j, i), 0))
-    k_rows = pl.BlockSpec((None, None, m, K), lambda b, h, j, i, *_: (b, over(h, R), j, 0))
-    across = pl.BlockSpec((None, None, 1, n), lambda b, h, j, i, *_: (b, h, 0, query(j, i)))
-    q_segments = pl.BlockSpec((None, 1, n), lambda b, h, j, i, *_: (b, 0, query(j, i)))
-    kv_segments = pl.BlockSpec((None, m, 1), lambda b, h, j, i, *_: (b, j, 0))
-    kv_grads = pl.BlockSpec((None, None, m, K), lambda b, h, j, i, *_: (b, h, j, 0))
-    # Written in the pass of the last keys; until then one block is held.
-    q_grads = pl.BlockSpec(
-        (None, None, n, K), lambda b, h, j, i, *_: (b, h, jnp.where(j == J - 1, i, 0), 0)
-    )
-    q_grad, k_grad, v_grad = pl.pallas_call(
-        functools.partial(_backward_kernel, static=static),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(B, H, J, I),
-            in_specs=[
-                *(q_rows, k_rows, k_rows, q_segments, kv_segments),
-                *(q_rows, across, across),
-            ],
-            out_specs=[q_grads, kv_grads, kv_grads],
-            scratch_shapes=[
-                pltpu.VMEM((I, n, K), jnp.float32),
-                pltpu.VMEM((m, K), jnp.float32),
-                pltpu.VMEM((m, K), jnp.float32),
-            ],
-        ),
-        out_shape=[
-            jax.ShapeDtypeStruct((B, H, I * n, K), q_BHTK.dtype),
-            jax.ShapeDtypeStruct((B, H, J * m, K), jnp.float32 if R > 1 else k_BGSK.dtype),
-            jax.ShapeDtypeStruct((B, H, J * m, K), jnp.float32 if R > 1 else v_BGSK.dtype),
-        ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
-        ),
-        interpret=static.interpret,
-        name="flash_attention_backward",
-    )(
-        *segment_spans,
-        place_6,
-        pad(q_BHTK, 2, n),
-        pad(k_BGSK, 2, m),
-        pad(v_BGSK, 2, m),
-        pad(q_segments_BT, 1, n)[:, None],
-        pad(kv_segments_BS, 1, m)[..., None],
-        pad(out_grad_BHTK.astype(v_BGSK.dtype), 2, n),
-        lse_BH1T,
-        pad(inner_BHT, 2, n)[:, :, None],
-    )
-    k_grad, v_grad = (
-        g[:, :, :S].reshape(B, G, R, S, K).sum(2).astype(x.dtype)
-        for g, x in ((k_grad, k_BGSK), (v_grad, v_BGSK))
-    )
-    return q_grad[:, :, :T], k_grad, v_grad, None, None, None
-
-
-def _backward_kernel(
-    first_BI,
-    end_BI,
-    place_6,
-    q_nK,
-    k_mK,
-    v_mK,
-    q_segments_1n,
-    kv_segments_m1,
-    out_grad_nK,
-    lse_1n,
-    inner_1n,
-    q_grad_nK,
-    k_grad_mK,
-    v_grad_mK,
-    q_sum_InK,
-    k_sum_mK,
-    v_sum_mK,
-    *,
-    static,
-):
-    b, h, j, i = (pl.program_id(axis) for axis in range(4))
-
-    @pl.when(j == 0)
-    def _():
-        q_sum_InK[i] = jnp.zeros(q_sum_InK.shape[1:], jnp.float32)
-
-    @pl.when(i == 0)
-    def _():
-        k_sum_mK[...] = jnp.zeros(k_sum_mK.shape, jnp.float32)
-        v_sum_mK[...] = jnp.zeros(v_sum_mK.shape, jnp.float32)
-
-    low, high = bounds(b, i, first_BI, end_BI, static)
-
-    @pl.when((low <= j) & (j < high))
-    def _():
-        scores_mn = product(k_mK[...], q_nK[...], 1, 1)
-        scores_mn = masked(scores_mn, q_segments_1n, kv_segments_m1, i, j, static)
-        weights_mn = jnp.exp(scores_mn - lse_1n[...])
-        kept_mn = dropped(weights_mn, place_6, b, h, i, j, static)
-        v_sum_mK[...] += product(kept_mn.astype(v_mK.dtype), out_grad_nK[...], 1, 0)
-        weight_grad_mn = product(v_mK[...], out_grad_nK[...], 1, 1)
-        weight_grad_mn = dropped(weight_grad_mn, place_6, b, h, i, j, static)
-        score_grad_mn = weights_mn * (weight_grad_mn - inner_1n[...])
-        score_grad_mn = score_grad_mn.astype(q_nK.dtype)
-        k_sum_mK[...] += product(score_grad_mn, q_nK[...], 1, 0)
-        q_sum_InK[i] += product(score_grad_mn, k_mK[...], 0, 0)
-
-    @pl.when(i == pl.num_programs(3) - 1)
-    def _():
-        k_grad_mK[...] = k_sum_mK[...].astype(k_grad_mK.dtype)
-        v_grad_mK[...] = v_sum_mK[...].astype(v_grad_mK.dtype)
-
-    @pl.when(j == pl.num_programs(2) - 1)
-    def _():
-        q_grad_nK[...] = q_sum_InK[i].astype(q_grad_nK.dtype)
+def _backward(plans, saved, gradients):
+    return (*backward(saved, gradients, plans[1]), None, None)
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _run(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plan: Plan) -> tuple[Array, Array]:
+    (B, T, H, _), P, W = q_BTHK.shape, plan.packed, plan.width
+    (I, J), (Tp, Sp) = plan.blocks, plan.padded
+    N, M, X, Y = plan.n * plan.q_tiles, plan.m * plan.k_tiles, plan.q_tiles, plan.k_tiles
+
+    def held(i, j):
+        """The block of keys to hold; what is not computed is not fetched either."""
+        if J == 1 or plan.shifted:
+            return j
+        low, _ = key_span(i * X, plan, 0)
+        _, high = key_span(i * X + X - 1, plan, 0)
+        return jnp.clip(j, over(low, Y), over(jnp.maximum(high - 1, 0), Y))
+
+    def keys(b, g, i, j, *_):
+        return b, held(i, j), over(g, plan.shared)
+
+    q_rows = pl.BlockSpec((None, N, W), lambda b, g, i, j, *_: (b, i, g))
+    k_rows = pl.BlockSpec((None, M, W), keys)
+    specs = {"q": q_rows, "k": k_rows, "v": k_rows}
+    arrays = {"q": flat(q_BTHK, Tp, plan), "k": flat(k_BSGK, Sp, plan), "v": flat(v_BSGK, Sp, plan)}
+    if plan.segments:
+        arrays["q_segments"] = tiled(segments[0], Tp, plan.n)
+        arrays["kv_segments"] = tiled(segments[1], Sp, plan.m)
+        spans = segment_spans(arrays["q_segments"], arrays["kv_segments"])
+        scalars = {**scalars, "low": spans[0], "high": spans[1]}
+        specs["q_segments"] = pl.BlockSpec(
+            (None, X, 1, plan.n), lambda b, g, i, j, *_: (b, i, 0, 0)
+        )
+        specs["kv_segments"] = pl.BlockSpec(
+            (None, Y, 1, plan.m), lambda b, g, i, j, *_: (b, held(i, j), 0, 0)
+        )
+    if plan.bias:
+        rows = bias_BHTS.shape[0]
+        arrays["bias"] = pad(pad(bias_BHTS, 2, Tp), 3, Sp)
+        specs["bias"] = pl.BlockSpec(
+            (None, P, N, M), lambda b, g, i, j, *_: (b if rows > 1 else 0, g, i, held(i, j))
+        )
+    out_BTD, lse = pl.pallas_call(
+        functools.partial(_kernel, plan=plan),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, H // P, I, J),
+            in_specs=[specs],
+            out_specs=[
+                q_rows,
+                pl.BlockSpec((None, None, X, P, plan.n), lambda b, g, i, j, *_: (b, g, i, 0, 0)),
+            ],
+            scratch_shapes=[
+                {
+                    "q": pltpu.VMEM((X, P, plan.n, W), q_BTHK.dtype),
+                    "top": pltpu.VMEM((X, P, plan.n), jnp.float32),
+                    "total": pltpu.VMEM((X, P, plan.n), jnp.float32),
+                    "out": pltpu.VMEM((X, W, plan.n), jnp.float32),
+                }
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((B, Tp, H * plan.K), v_BSGK.dtype),
+            jax.ShapeDtypeStruct((B, H // P, I * X, P, plan.n), jnp.float32),
+        ],
+        compiler_params=plan.parameters("parallel", "arbitrary"),
+        interpret=plan.interpret,
+        name="flash_attention",
+    )(scalars, arrays)
+    lse_BHT = jnp.swapaxes(lse, 2, 3).reshape(B, H, Tp)[:, :, :T]
+    return unflat(out_BTD, T, plan), lse_BHT
+
+
+def _kernel(scalars: Refs, refs: Refs, out_NW, lse, sums: Refs, *, plan: Plan):
+    b, g, i_block, j_block = (pl.program_id(axis) for axis in range(4))
+    shift = shift_of(scalars, plan)
+    top, total, out = sums["top"], sums["total"], sums["out"]
+
+    def queries(x, _):
+        i = i_block * plan.q_tiles + x
+        rows = within(x, slice(0, plan.n), plan.n, plan.n)
+
+        @pl.when(j_block == 0)
+        def begin():
+            # Against a floor above NOTHING, a query with nothing to look at sums to zero.
+            top[x] = jnp.full(top.shape[1:], NOTHING / 2, jnp.float32)
+            total[x] = jnp.zeros(total.shape[1:], jnp.float32)
+            out[x] = jnp.zeros(out.shape[1:], jnp.float32)
+            for p in range(plan.packed):
+                sums["q"][x, p] = head(refs["q"][rows], p, plan, plan.factor)
+
+        low, high = key_span(i, plan, shift)
+        if plan.segments:
+            low = jnp.maximum(low, scalars["low"][b, i])
+            high = jnp.minimum(high, scalars["high"][b, i])
+
+        def tile(j, masked: bool):
+            y = j - j_block * plan.k_tiles
+            here = Tile(b, g, i, j, ahead(i, j, shift, plan, masked))
+            if plan.segments:
+                keys_m1 = column(refs["kv_segments"][y])
+                here = here._replace(q_segments_1n=refs["q_segments"][x], kv_segments_m1=keys_m1)
+            _look(here, x, y, scalars, refs, sums, plan)
+
+        first = j_block * plan.k_tiles
+        each_tile((low, high), whole_keys(i, plan, shift), first, plan.k_tiles, plan, tile)
+
+        @pl.when(j_block == plan.blocks[1] - 1)
+        def finish():
+            sums_Pn = jnp.maximum(total[x], 1e-30)
+            for p in range(plan.packed):
+                own = slice(p * plan.K, (p + 1) * plan.K)
+                out[x, own] = out[x, own] / sums_Pn[p : p + 1]
+            out_NW[rows] = out[x].T.astype(out_NW.dtype)
+            lse[x] = (top[x] + jnp.log2(sums_Pn)) / LOG2_E
+
+    if plan.q_tiles == 1:
+        queries(0, None)
+    else:
+        jax.lax.fori_loop(0, plan.q_tiles, queries, None)
+
+
+def _look(tile: Tile, x, y, scalars: Refs, refs: Refs, sums: Refs, plan: Plan) -> None:
+    """The online softmax: one tile of keys is added to what its queries have seen so far."""
+    top, total, out = sums["top"], sums["total"], sums["out"]
+
+    def scores(piece) -> Array:
+        k_mW = refs["k"][within(y, piece.keys, plan.m, plan.piece_m)]
+        return product(k_mW, sums["q"][x, piece.p, piece.queries], 1, 1)
+
+    for piece, scores_mn in one_ahead(pieces(plan, tile.ahead), scores):
+        p, columns = slice(piece.p, piece.p + 1), piece.queries
+        own = slice(piece.p * plan.K, (piece.p + 1) * plan.K)
+        scores_mn, _ = finished(scores_mn, tile, piece, plan, scalars, refs.get("bias"), x, y)
+        before_1n = top[x, p, columns]
+        now_1n = jnp.maximum(before_1n, scores_mn.max(0, keepdims=True))
+        exp_mn = jnp.exp2(scores_mn - now_1n)
+        shrink_1n = jnp.exp2(before_1n - now_1n)
+        top[x, p, columns] = now_1n
+        total[x, p, columns] = total[x, p, columns] * shrink_1n + exp_mn.sum(0, keepdims=True)
+        exp_mn = dropped(exp_mn, kept(exp_mn.shape, tile, piece, plan, scalars), plan)
+        v_mW = refs["v"][within(y, piece.keys, plan.m, plan.piece_m)]
+        more_Wn = product(v_mW, exp_mn.astype(v_mW.dtype), 0, 0)
+        if plan.packed > 1:
+            more_Wn = more_Wn[own]
+        out[x, own, columns] = out[x, own, columns] * shrink_1n + more_Wn

@@ -1,127 +1,258 @@
-"""One block of the TPU kernels: which there are, and what happens to the scores in it."""
+"""How the TPU kernels cut their work: arrays into blocks, blocks into tiles, tiles into pieces.
+
+A block is what a step of the grid brings into VMEM. A tile is what a mask rules out or lets pass.
+A piece is what the unrolled code of a tile computes at once.
+"""
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
-from jaxformer.attention.dropout import keep_at
-from jaxformer.attention.extras import NOTHING
+from jaxformer.attention.extras import Extras
+from jaxformer.attention.mask import Mask
+from jaxformer.attention.tpu_table import LANES, VMEM, Tiles
+
+LOG2_E = math.log2(math.e)
+
+Order = Literal["parallel", "arbitrary"]
 
 
-class Static(NamedTuple):
+class Plan(NamedTuple):
     """All that a kernel is compiled for."""
 
     causal: bool
     window: int | None
-    rate: float
     segments: bool
+    bias: bool
+    alibi: bool
+    soft_cap: float | None
+    rate: float
+    shifted: bool  # rows of queries and of keys may begin at different places
     T: int
     S: int
     heads: int  # of queries, in the whole array
     keys: int  # length of the keys, in the whole array
-    n: int  # queries of a block
-    m: int  # keys of a block
+    shared: int  # heads of queries to one of keys
+    scale: float
+    true_K: int  # size of a head; below it is padded
+    K: int
+    packed: int  # P: heads side by side in the lanes of a block
+    n: int  # queries of a tile
+    m: int  # keys of a tile
+    piece_n: int  # queries of a piece
+    piece_m: int  # keys of a piece
+    q_tiles: int  # tiles of queries in a block
+    k_tiles: int  # tiles of keys in a block
     interpret: Any
+
+    @property
+    def width(self) -> int:
+        """W: lanes of a block."""
+        return self.packed * self.K
 
     @property
     def blocks(self) -> tuple[int, int]:
         """I, J: blocks of queries and of keys."""
-        return pl.cdiv(self.T, self.n), pl.cdiv(self.S, self.m)
+        return pl.cdiv(self.T, self.n * self.q_tiles), pl.cdiv(self.S, self.m * self.k_tiles)
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """T and S in whole blocks."""
+        I, J = self.blocks
+        return I * self.n * self.q_tiles, J * self.m * self.k_tiles
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Tiles of queries and of keys, padding included."""
+        (I, J) = self.blocks
+        return I * self.q_tiles, J * self.k_tiles
+
+    @property
+    def ragged(self) -> bool:
+        """Whether a query could look at the padding behind the keys."""
+        hidden = self.causal and not self.shifted and self.T <= self.S
+        return self.padded[1] != self.S and not (self.segments or hidden)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the tiles that the mask cuts through are those on the diagonal."""
+        other = self.window is not None or self.segments or self.ragged or self.shifted
+        return self.causal and self.n == self.m and not other
+
+    @property
+    def factor(self) -> float:
+        """On queries: it makes scores exponents of 2, or arguments of the soft cap."""
+        return self.scale * (LOG2_E if self.soft_cap is None else 1 / self.soft_cap)
+
+    def parameters(self, *order: Order) -> pltpu.CompilerParams:
+        """How the grid may be walked: rows and heads in any order, then as given."""
+        return pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", *order), vmem_limit_bytes=VMEM
+        )
 
 
-def product(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    """The product of two matrices over an axis of each, in float32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dimensions = (((a_axis,), (b_axis,)), ((), ()))
-    return jax.lax.dot_general(
-        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+def plan_of(
+    q_BTHK: Array, k_BSGK: Array, mask: Mask, extras: Extras, tiles: Tiles, interpret: Any
+) -> Plan:
+    """What to compile for a call."""
+    (_, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
+    beside = LANES // K if K < LANES and LANES % K == 0 else 1
+    packed = beside if G == H and H % beside == 0 else 1
+    n, q_tiles = _cut(T, tiles.n, tiles.q_block)
+    m, k_tiles = _cut(S, tiles.m, tiles.k_block)
+    return Plan(
+        causal=mask.causal,
+        window=mask.window,
+        segments=mask.q_segments_BT is not None,
+        bias=extras.bias_BHTS is not None,
+        alibi=extras.slopes_H is not None,
+        soft_cap=extras.soft_cap,
+        rate=extras.rate,
+        shifted=extras.shifted,
+        T=T,
+        S=S,
+        heads=extras.heads,
+        keys=extras.keys,
+        shared=H // G,
+        scale=K**-0.5,
+        true_K=K,
+        K=K if packed > 1 else _up(K, LANES),
+        packed=packed,
+        n=n,
+        m=m,
+        piece_n=min(tiles.piece_n, n),
+        piece_m=min(tiles.piece_m, m),
+        q_tiles=q_tiles,
+        k_tiles=k_tiles,
+        interpret=interpret,
     )
 
 
-def places(i, j, static: Static) -> tuple[Array, Array]:
-    """int32 [m, n]: the query and the key of each score of a block."""
-    shape = (static.m, static.n)
-    query_mn = i * static.n + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    key_mn = j * static.m + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    return query_mn, key_mn
+def _cut(length: int, tile: int, block: int) -> tuple[int, int]:
+    """The size of a tile, and the tiles of a block: as few as the bounds allow, equally long."""
+    tile = _up(pl.cdiv(length, pl.cdiv(length, tile)), min(tile, LANES))
+    tiles = pl.cdiv(length, tile)
+    return tile, pl.cdiv(tiles, pl.cdiv(tiles, max(block // tile, 1)))
 
 
-def masked(scores_mn, q_segments_1n, kv_segments_m1, i, j, static: Static) -> Array:
-    """The scores where segments, order and window allow them, NOTHING elsewhere."""
-    query_mn, key_mn = places(i, j, static)
-    rules = []
-    if static.segments:
-        q_1n = q_segments_1n[...]
-        rules.append((kv_segments_m1[...] == q_1n) & (q_1n != 0))
-    elif static.S % static.m:
-        rules.append(key_mn < static.S)
-    if static.causal:
-        rules.append(query_mn >= key_mn)
-    if static.window is not None:
-        rules.append(abs(query_mn - key_mn) < static.window)
-    if not rules:
-        return scores_mn
-    return jnp.where(functools.reduce(jnp.logical_and, rules), scores_mn, NOTHING)
+def _up(length: int, unit: int) -> int:
+    return pl.cdiv(length, unit) * unit
 
 
-def dropped(x_mn, place_6, b, h, i, j, static: Static) -> Array:
-    """Dropout with the bits that the whole picture [B, H, T, S] would have in this block.
-
-    `place_6` holds the two words of the key, then the row, head, query and key that are first here.
-    """
-    if not static.rate:
-        return x_mn
-    first, second = (jax.lax.bitcast_convert_type(place_6[w], jnp.uint32) for w in range(2))
-    outer = (place_6[2] + b) * static.heads + place_6[3] + h
-    query_mn, key_mn = places(i, j, static)
-    inner_mn = (place_6[4] + query_mn) * static.keys + place_6[5] + key_mn
-    kept_mn = keep_at((first, second), static.rate, outer, inner_mn)
-    return jnp.where(kept_mn, x_mn / (1 - static.rate), 0.0)
+def pad(x: Array, axis: int, length: int) -> Array:
+    """Zeros behind an axis, up to a length."""
+    short = length - x.shape[axis]
+    widths = [(0, short if a == axis else 0) for a in range(x.ndim)]
+    return jnp.pad(x, widths) if short else x
 
 
-def bounds(b, i, first_BI, end_BI, static: Static):
-    """The first block of keys that block i of the queries may see, and the one after the last."""
-    n, m, (_, J) = static.n, static.m, static.blocks
-    low: Any = 0
-    high: Any = J
-    if static.causal:
-        high = jnp.minimum(high, over(i * n + n - 1, m) + 1)
-    if static.window is not None:
-        low = over(jnp.maximum(i * n - static.window + 1, 0), m)
-        high = jnp.minimum(high, over(i * n + n + static.window - 2, m) + 1)
-    if static.segments:
-        low, high = jnp.maximum(low, first_BI[b, i]), jnp.minimum(high, end_BI[b, i])
-    return low, high
+def flat(x_BTHK: Array, length: int, plan: Plan) -> Array:
+    """[B, length, H K]: heads side by side, as a projection leaves them in memory."""
+    x_BTHK = pad(pad(x_BTHK, 3, plan.K), 1, length)
+    return x_BTHK.reshape(*x_BTHK.shape[:2], -1)
+
+
+def unflat(x_BTD: Array, length: int, plan: Plan) -> Array:
+    """The inverse of `flat`."""
+    x_BTHK = x_BTD.reshape(*x_BTD.shape[:2], -1, plan.K)
+    return x_BTHK[:, :length, :, : plan.true_K]
 
 
 def over(position, block: int):
-    """The block of a position; `//` would also ask for signs, which Mosaic cannot do everywhere."""
+    """The block of a position.
+
+    A shift where possible: the compiler's static profile takes quotients of scalars for 0.
+    """
+    if block & (block - 1) == 0:
+        return jnp.right_shift(position, jnp.int32(block.bit_length() - 1))
     return jax.lax.div(position, jnp.int32(block))
 
 
-def spans(q_segments_BT, kv_segments_BS, static: Static) -> tuple[Array, Array]:
-    """int32 [B, I]: what the segments alone leave of the blocks of keys; first, and after last."""
-    _, J = static.blocks
-    q_BIn = pad(q_segments_BT, 1, static.n).reshape(q_segments_BT.shape[0], -1, static.n)
-    kv_BJm = pad(kv_segments_BS, 1, static.m).reshape(kv_segments_BS.shape[0], -1, static.m)
+def key_span(i, plan: Plan, shift):
+    """The first tile of keys that tile i of the queries may see, and the one after the last.
+
+    `shift` is by how many places the first query stands behind the first key.
+    """
+    first = i * plan.n + shift
+    reach = (plan.window or 1) - 1
+    low, high = jnp.int32(0), jnp.int32(pl.cdiv(plan.S, plan.m))
+    if plan.window is not None:
+        low = _tile(first - reach, plan.m)
+    if plan.causal or plan.window is not None:
+        last = first + plan.n - 1 + (0 if plan.causal else reach)
+        high = jnp.minimum(high, _tile(last + plan.m, plan.m))
+    return low, high
+
+
+def query_span(j, plan: Plan, shift):
+    """The first tile of queries that may see tile j of the keys, and the one after the last."""
+    first = j * plan.m - shift
+    reach = (plan.window or 1) - 1
+    low, high = jnp.int32(0), jnp.int32(pl.cdiv(plan.T, plan.n))
+    if plan.causal or plan.window is not None:
+        low = _tile(first - (0 if plan.causal else reach), plan.n)
+    if plan.window is not None:
+        high = jnp.minimum(high, _tile(first + plan.m - 1 + reach + plan.n, plan.n))
+    return low, high
+
+
+def whole_keys(i, plan: Plan, shift):
+    """The first tile of keys that tile i of the queries sees as a whole, and after the last."""
+    first = i * plan.n + shift
+    low, high = jnp.int32(0), jnp.int32(plan.S // plan.m if plan.ragged else plan.tiles[1])
+    if plan.causal:
+        high = jnp.minimum(high, _tile(first + 1, plan.m))
+    if plan.window is not None:
+        high = jnp.minimum(high, _tile(first + plan.window, plan.m))
+        low = _tile(first + plan.n - 1 - plan.window + plan.m, plan.m)
+    return low, high
+
+
+def whole_queries(j, plan: Plan, shift):
+    """The first tile of queries that sees tile j of the keys as a whole, and after the last."""
+    first = j * plan.m - shift
+    low, high = jnp.int32(0), jnp.int32(plan.tiles[0])
+    if plan.ragged:
+        high = jnp.where((j + 1) * plan.m <= plan.S, high, 0)
+    if plan.causal:
+        low = _tile(first + plan.m + plan.n - 2, plan.n)
+    if plan.window is not None:
+        low = jnp.maximum(low, _tile(first + plan.m - plan.window + plan.n - 1, plan.n))
+        high = jnp.minimum(high, _tile(first + plan.window, plan.n))
+    return low, high
+
+
+def _tile(position, tile: int):
+    return over(jnp.maximum(position, 0), tile)
+
+
+def segment_spans(own_BI1n: Array, other_BJ1m: Array) -> tuple[Array, Array]:
+    """int32 [B, tiles]: what segments leave of the other side's tiles; first, and after the last.
+
+    Segments of a tile are taken for a range of ids; in rows packed in order they are one.
+    """
+    own_BIn, other_BJm = own_BI1n[:, :, 0], other_BJ1m[:, :, 0]
     highest = jnp.iinfo(jnp.int32).max
-    low_BI, low_BJ = (jnp.where(s > 0, s, highest).min(-1) for s in (q_BIn, kv_BJm))
-    seen_BIJ = (low_BI[..., None] <= kv_BJm.max(-1)[:, None]) & (
-        low_BJ[:, None] <= q_BIn.max(-1)[..., None]
+    low_BI, low_BJ = (jnp.where(s > 0, s, highest).min(-1) for s in (own_BIn, other_BJm))
+    seen_BIJ = (low_BI[..., None] <= other_BJm.max(-1)[:, None]) & (
+        low_BJ[:, None] <= own_BIn.max(-1)[..., None]
     )
-    blocks_11J = jnp.arange(J, dtype=jnp.int32)[None, None]
-    first_BI = jnp.where(seen_BIJ, blocks_11J, J).min(-1)
-    return first_BI, jnp.where(seen_BIJ, blocks_11J + 1, 0).max(-1)
+    J = seen_BIJ.shape[-1]
+    tiles_11J = jnp.arange(J, dtype=jnp.int32)[None, None]
+    return (
+        jnp.where(seen_BIJ, tiles_11J, J).min(-1),
+        jnp.where(seen_BIJ, tiles_11J + 1, 0).max(-1),
+    )
 
 
-def pad(x: Array, axis: int, block: int) -> Array:
-    """Zeros behind an axis, to whole blocks."""
-    short = -x.shape[axis] % block
-    widths = [(0, short if a == axis else 0) for a in range(x.ndim)]
-    return jnp.pad(x, widths) if short else x
+def tiled(x_BT: Array, length: int, tile: int) -> Array:
+    """[..., tiles, 1, tile]: one row of lanes to a tile."""
+    x_BT = pad(x_BT, x_BT.ndim - 1, length)
+    return x_BT.reshape(*x_BT.shape[:-1], -1, 1, tile)

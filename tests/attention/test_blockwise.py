@@ -1,7 +1,5 @@
 """What blocks must not change, what they must save, and when they are used."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +7,10 @@ import pytest
 from attention_cases import CASES, REFUSALS, check
 
 import jaxformer.attention as module
-from jaxformer.attention import Mask, attention, lax_blocks
+from jaxformer.attention import Mask, attention, lax_blocks, tpu_table
 from jaxformer.attention.extras import Extras
 
-# Its function has the same name in the package.
-pallas_tpu = importlib.import_module("jaxformer.attention.pallas_tpu")
-BY_BLOCKS = {"blockwise": lax_blocks, "pallas_tpu": pallas_tpu}
+BY_BLOCKS = ("blockwise", "pallas_tpu")
 
 
 @pytest.mark.parametrize("blocks", [(16, 24), (40, 8)], ids=str)
@@ -23,9 +19,13 @@ BY_BLOCKS = {"blockwise": lax_blocks, "pallas_tpu": pallas_tpu}
 def test_the_size_of_blocks_decides_nothing(monkeypatch, name, case, blocks):
     if case.features & REFUSALS[name]:
         pytest.skip("refused: see REFUSALS")
-    monkeypatch.setattr(BY_BLOCKS[name], "BLOCK_Q", blocks[0])
-    monkeypatch.setattr(BY_BLOCKS[name], "BLOCK_K", blocks[1])
-    monkeypatch.setattr(pallas_tpu, "LANES", 8)
+    if name == "blockwise":
+        monkeypatch.setattr(lax_blocks, "BLOCK_Q", blocks[0])
+        monkeypatch.setattr(lax_blocks, "BLOCK_K", blocks[1])
+    # Blocks of two tiles, tiles of two pieces.
+    n, m = blocks
+    sizes = tpu_table.Tiles(n, m, 2 * n, 2 * m, n // 2, m // 2)
+    monkeypatch.setattr(tpu_table, "tiles", lambda *_, **__: (sizes, sizes))
     check(name, case)
 
 

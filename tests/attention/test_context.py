@@ -52,8 +52,6 @@ def run(name: str, case: Case, keys: str, place):
 def test_rows_cut_over_devices_give_what_one_device_gives(name, case, keys):
     if case.features & REFUSALS[name]:
         pytest.skip("refused: see REFUSALS")
-    if name == "pallas_tpu" and keys == "gather" and case.causal:
-        pytest.skip("refused: its causal mask counts from the start of the rows")
     alone = run(name, case, keys, lambda x, _: jnp.asarray(x))
     mesh = jax.make_mesh((1, 2, 4), ("data", "tensor", "context"), (AxisType.Explicit,) * 3)
     with jax.set_mesh(mesh):

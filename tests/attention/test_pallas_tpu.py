@@ -10,19 +10,18 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 import jaxformer.attention as module
-from jaxformer.attention import Mask, attention
+from jaxformer.attention import Mask, attention, tpu_table
 
 pallas_tpu = importlib.import_module("jaxformer.attention.pallas_tpu")
-NAMES = ("packed, causal, odd", "cross, long queries", "dropout, packed, causal")
+NAMES = ("packed, causal, odd", "cross, long queries", "dropout, packed, causal", "everything")
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in NAMES], ids=lambda c: c.name)
 def test_no_race_and_nothing_left_unwritten(monkeypatch, case):
     strict = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     monkeypatch.setattr(pallas_tpu, "INTERPRET", strict)
-    monkeypatch.setattr(pallas_tpu, "BLOCK_Q", 32)
-    monkeypatch.setattr(pallas_tpu, "BLOCK_K", 32)
-    monkeypatch.setattr(pallas_tpu, "LANES", 32)
+    small = tpu_table.Tiles(n=32, m=32, q_block=64, k_block=64, piece_n=16, piece_m=16)
+    monkeypatch.setattr(tpu_table, "tiles", lambda *_, **__: (small, small))
     check("pallas_tpu", case)
     assert not interpret_pallas_call.races.races_found
 

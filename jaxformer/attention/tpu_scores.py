@@ -1,0 +1,224 @@
+"""What happens to the scores of one piece in the TPU kernels: soft cap, bias, ALiBi, mask, dropout.
+
+Pieces are transposed, [keys, queries], and scores are exponents of 2.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from jaxformer.attention.dropout import keep_at
+from jaxformer.attention.extras import NOTHING
+from jaxformer.attention.tpu_blocks import LOG2_E, Plan
+
+Refs = dict[str, Any]
+
+
+class Piece(NamedTuple):
+    """Part of a tile: one of its heads, some of its queries and of its keys."""
+
+    p: int
+    queries: slice
+    keys: slice
+
+
+class Tile(NamedTuple):
+    """Where a tile stands, and what masks it."""
+
+    b: Any  # row of the batch
+    g: Any  # block of heads
+    i: Any  # tile of queries
+    j: Any  # tile of keys
+    ahead: Any  # how far its first query stands behind its first key; None: nothing is masked
+    q_segments_1n: Array | None = None
+    kv_segments_m1: Array | None = None
+
+
+def product(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
+    """The product of two matrices over an axis of each, in float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dimensions = (((a_axis,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(
+        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def head(x_nW: Array, p: int, plan: Plan, factor: float = 1.0) -> Array:
+    """One head of a block times a factor, with zeros in the lanes of the others.
+
+    The matrix unit sums over 128 lanes anyway: so the heads of a block need not be taken apart.
+    """
+    if factor != 1.0:
+        x_nW = (x_nW.astype(jnp.float32) * factor).astype(x_nW.dtype)
+    if plan.packed == 1:
+        return x_nW
+    lane_nW = jax.lax.broadcasted_iota(jnp.int32, x_nW.shape, 1)
+    own_nW = (lane_nW >= p * plan.K) & (lane_nW < (p + 1) * plan.K)
+    return jnp.where(own_nW, x_nW, jnp.zeros((), x_nW.dtype))
+
+
+def pieces(plan: Plan, ahead) -> list[Piece]:
+    """Those that a tile computes; on the diagonal, those that lie above it are left out."""
+    return [
+        Piece(p, queries, keys)
+        for p in range(plan.packed)
+        for queries in _slices(plan.n, plan.piece_n)
+        for keys in _slices(plan.m, plan.piece_m)
+        if not isinstance(ahead, int) or keys.start < ahead + queries.stop
+    ]
+
+
+def _slices(length: int, piece: int) -> list[slice]:
+    return [slice(a, min(a + piece, length)) for a in range(0, length, piece)]
+
+
+def one_ahead(todo: list[Piece], compute: Callable[[Piece], Any]) -> Iterator[tuple[Piece, Any]]:
+    """Each piece with what is computed for it, the next one's before this one is used.
+
+    So the matrix unit has work while the vector unit makes weights out of scores.
+    """
+    following = compute(todo[0])
+    for x, piece in enumerate(todo):
+        ready = following
+        if x + 1 < len(todo):
+            following = compute(todo[x + 1])
+        yield piece, ready
+
+
+def shift_of(scalars: Refs, plan: Plan):
+    """By how many places the first query stands behind the first key."""
+    place = scalars["place_6"]
+    return place[4] - place[5] if plan.shifted else 0
+
+
+def ahead(i, j, shift, plan: Plan, masked: bool):
+    """`Tile.ahead` of tile i of the queries and j of the keys."""
+    if not masked:
+        return None
+    return 0 if plan.aligned else i * plan.n + shift - j * plan.m
+
+
+def each_tile(
+    span, whole, first, count: int, plan: Plan, body: Callable[[Any, bool], None]
+) -> None:
+    """Calls the body with (tile, masked) for the tiles of `span` that are in a block.
+
+    Without a mask for those in `whole`; the tiles of a block are `first` and the next `count`.
+    """
+    low, high = jnp.maximum(span[0], first), jnp.minimum(span[1], first + count)
+    if plan.segments:
+        return _loop(low, high, lambda j: body(j, True))
+    if not (plan.causal or plan.window is not None or plan.ragged):
+        return _loop(low, high, lambda j: body(j, False))
+    whole_low = jnp.clip(whole[0], low, jnp.maximum(low, high))
+    whole_high = jnp.clip(whole[1], whole_low, jnp.maximum(whole_low, high))
+    _loop(low, whole_low, lambda j: body(j, True))
+    _loop(whole_low, whole_high, lambda j: body(j, False))
+    _loop(whole_high, high, lambda j: body(j, True))
+
+
+def _loop(low, high, body: Callable[[Any], None]) -> None:
+    jax.lax.fori_loop(low, high, lambda j, _: body(j), None)
+
+
+def finished(
+    x_mn: Array, tile: Tile, piece: Piece, plan: Plan, scalars: Refs, bias, x, y
+) -> tuple[Array, Array | None]:
+    """Scores as exponents of 2, NOTHING where the mask forbids; and the slope of the soft cap.
+
+    x, y: the tile's place in the block of the bias.
+    """
+    slope_mn = None
+    if plan.soft_cap is not None:
+        x_mn = jnp.tanh(x_mn)
+        slope_mn = 1 - x_mn * x_mn
+        x_mn = x_mn * (plan.soft_cap * LOG2_E)
+    if bias is not None:
+        bias_nm = bias[(piece.p, *of_block(x, y, piece, plan))]
+        x_mn = x_mn + bias_nm.astype(jnp.float32).T * LOG2_E
+    if plan.alibi:
+        place = scalars["place_6"]
+        shift = place[4] - place[5] + tile.i * plan.n - tile.j * plan.m
+        away_mn = abs(_distances(x_mn.shape, piece, shift)).astype(jnp.float32)
+        x_mn = x_mn - away_mn * (scalars["slopes_H"][tile.g * plan.packed + piece.p] * LOG2_E)
+    allowed_mn = _allowed(x_mn.shape, tile, piece, plan)
+    return (x_mn if allowed_mn is None else jnp.where(allowed_mn, x_mn, NOTHING)), slope_mn
+
+
+def of_block(x, y, piece: Piece, plan: Plan) -> tuple:
+    """The queries and the keys of a piece in a block whose tile it is."""
+    queries, keys = piece.queries, piece.keys
+    return (
+        within(x, queries, plan.n, plan.piece_n),
+        within(y, keys, plan.m, plan.piece_m),
+    )
+
+
+def within(x, part: slice, tile: int, piece: int):
+    """Part of tile x as part of its block."""
+    start = pl.multiple_of(x * tile + part.start, math.gcd(tile, piece))
+    return pl.ds(start, part.stop - part.start)
+
+
+def _distances(shape, piece: Piece, ahead) -> Array:
+    """By how many places each query stands behind each key."""
+    behind = jax.lax.broadcasted_iota(jnp.int32, shape, 1) - jax.lax.broadcasted_iota(
+        jnp.int32, shape, 0
+    )
+    return behind + (ahead + piece.queries.start - piece.keys.start)
+
+
+def _allowed(shape, tile: Tile, piece: Piece, plan: Plan) -> Array | None:
+    """Who may see whom in a piece; None where all may."""
+    if tile.ahead is None:
+        return None
+    rules = []
+    if tile.q_segments_1n is not None and tile.kv_segments_m1 is not None:
+        q_1n = tile.q_segments_1n[:, piece.queries]
+        rules.append((tile.kv_segments_m1[piece.keys] == q_1n) & (q_1n != 0))
+    if plan.ragged:
+        key_mn = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        rules.append(key_mn < plan.S - tile.j * plan.m - piece.keys.start)
+    below = isinstance(tile.ahead, int) and piece.keys.stop - 1 <= tile.ahead + piece.queries.start
+    if plan.causal and not below:
+        rules.append(_distances(shape, piece, tile.ahead) >= 0)
+    if plan.window is not None:
+        rules.append(abs(_distances(shape, piece, tile.ahead)) < plan.window)
+    return functools.reduce(jnp.logical_and, rules) if rules else None
+
+
+def kept(shape, tile: Tile, piece: Piece, plan: Plan, scalars: Refs) -> Array | None:
+    """Which weights dropout keeps: by the bits of the whole picture [B, H, T, S].
+
+    `place_6` holds the two words of the key, then the row, head, query and key that are first here.
+    """
+    if not plan.rate:
+        return None
+    place = scalars["place_6"]
+    words = tuple(jax.lax.bitcast_convert_type(place[w], jnp.uint32) for w in range(2))
+    outer = (place[2] + tile.b) * plan.heads + place[3] + tile.g * plan.packed + piece.p
+    query_mn = jax.lax.broadcasted_iota(jnp.int32, shape, 1) + (
+        tile.i * plan.n + piece.queries.start
+    )
+    key_mn = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + (tile.j * plan.m + piece.keys.start)
+    inner_mn = (place[4] + query_mn) * plan.keys + (place[5] + key_mn)
+    return keep_at((words[0], words[1]), plan.rate, outer, inner_mn)
+
+
+def dropped(x_mn: Array, kept_mn: Array | None, plan: Plan) -> Array:
+    """Dropout: what is kept is scaled up."""
+    # A product with 0: libtpu aborts on a matrix product whose operand was selected by a mask.
+    return x_mn if kept_mn is None else x_mn * jnp.where(kept_mn, 1 / (1 - plan.rate), 0.0)
+
+
+def column(row_1m: Array) -> Array:
+    """[m, 1] of [1, m]."""
+    return jnp.broadcast_to(row_1m, (8, row_1m.shape[1])).T[:, :1]
