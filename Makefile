@@ -27,9 +27,9 @@ train: $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest -n 2 --dist loadgroup -m "not long" $(TESTS)
 
-# Clusters, schedulers and kills on this machine: real processes, one test at a time.
-test-long: $(STAMP)
-	$(BIN)/pytest -m long $(TESTS)
+# Clusters, schedulers and kills on this machine, and the pages of the tour: one test at a time.
+test-long: $(DOCS_STAMP) $(TOUR)/report.html
+	JAXFORMER_WORKDIR=$(abspath $(TOUR)) $(BIN)/pytest -m long $(TESTS)
 
 # The guided tour, on the model in runs/steve (trained first, 3 minutes) or in JAXFORMER_WORKDIR.
 docs: $(DOCS_STAMP) $(TOUR)/report.html
