@@ -68,10 +68,11 @@ def pallas_tpu(
         device_kind(), segments=mask.q_segments_BT is not None, bias=extras.bias_BHTS is not None
     )
     plans = tuple(plan_of(q_BTHK, k_BSGK, mask, extras, tiles, interpret) for tiles in sizes)
-    words_2 = jnp.zeros(2, jnp.uint32) if extras.words_2 is None else extras.words_2
-    scalars = {
-        "place_6": jnp.concatenate([jax.lax.bitcast_convert_type(words_2, jnp.int32), extras.first])
-    }
+    scalars = {}
+    if extras.rate or extras.shifted or extras.slopes_H is not None:
+        words_2 = jnp.zeros(2, jnp.uint32) if extras.words_2 is None else extras.words_2
+        words_2 = jax.lax.bitcast_convert_type(words_2, jnp.int32)
+        scalars["place_6"] = jnp.concatenate([words_2, extras.first])
     if extras.slopes_H is not None:
         scalars["slopes_H"] = extras.slopes_H
     segments = mask.q_segments_BT, mask.kv_segments_BS
@@ -80,22 +81,32 @@ def pallas_tpu(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attend(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plans):
-    return _forward(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plans)[0]
+    out_BTHK, lse_BHT = _run(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plans[0])
+    return out_BTHK, _said(lse_BHT)
 
 
 def _forward(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plans):
     """The output and the log-sum-exp, and what the backward pass needs."""
-    out_BTHK, lse_BHT = _run(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plans[0])
-    saved = (q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, out_BTHK, lse_BHT)
-    # The backward pass keeps the half: there NOTHING less NOTHING would be a weight of 1.
-    return (out_BTHK, jnp.where(lse_BHT > NOTHING / 4, lse_BHT, NOTHING)), saved
+    primals = q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars
+    primals = jax.tree.map(lambda primal: primal.value, primals)
+    out_BTHK, lse_BHT = _run(*primals, plans[0])
+    return (out_BTHK, _said(lse_BHT)), (*primals, out_BTHK, lse_BHT)
+
+
+def _said(lse_BHT: Array) -> Array:
+    """NOTHING for what the kernel leaves at the half of it.
+
+    The backward pass keeps the half: there NOTHING less NOTHING would be a weight of 1.
+    """
+    return jnp.where(lse_BHT > NOTHING / 4, lse_BHT, NOTHING)
 
 
 def _backward(plans, saved, gradients):
     return (*backward(saved, gradients, plans[1]), None, None)
 
 
-_attend.defvjp(_forward, _backward)
+# Symbolic zeros: the log-sum-exp mostly has no gradient, and then none is read.
+_attend.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _run(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plan: Plan) -> tuple[Array, Array]:

@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -49,6 +50,8 @@ def backward(saved, gradients, plan: Plan) -> tuple[Array, Array, Array, Array |
     """The gradients for queries, keys, values and bias."""
     q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, out_BTHK, lse_BHT = saved
     out_grad_BTHK, lse_grad_BHT = gradients
+    if isinstance(out_grad_BTHK, SymbolicZero):
+        out_grad_BTHK = jnp.zeros(out_grad_BTHK.shape, out_grad_BTHK.dtype)
     (B, T, H, _), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
     P, W, (I, J), (Tp, Sp) = plan.packed, plan.width, plan.blocks, plan.padded
     N, M, X, Y = plan.n * plan.q_tiles, plan.m * plan.k_tiles, plan.q_tiles, plan.k_tiles
@@ -71,7 +74,7 @@ def backward(saved, gradients, plan: Plan) -> tuple[Array, Array, Array, Array |
     k_grads = pl.BlockSpec((None, M, W), lambda b, g, j, i, *_: (b, j, g))
     across = pl.BlockSpec((None, None, X, P, plan.n), lambda b, g, j, i, *_: (b, g, i, 0, 0))
     specs = {"q": q_rows, "k": k_rows, "v": k_rows, "out": q_rows, "out_grad": q_rows}
-    specs |= {"lse": across, "lse_grad": across}
+    specs["lse"] = across
     arrays = {
         "q": flat(q_BTHK, Tp, plan),
         "k": flat(k_BSGK, Sp, plan),
@@ -79,8 +82,9 @@ def backward(saved, gradients, plan: Plan) -> tuple[Array, Array, Array, Array |
         "out_grad": flat(out_grad_BTHK.astype(v_BSGK.dtype), Tp, plan),
         "out": flat(out_BTHK, Tp, plan),
         "lse": statistic(lse_BHT),
-        "lse_grad": statistic(lse_grad_BHT),
     }
+    if not isinstance(lse_grad_BHT, SymbolicZero):
+        specs["lse_grad"], arrays["lse_grad"] = across, statistic(lse_grad_BHT)
     if plan.segments:
         arrays["q_segments"] = tiled(segments[0], Tp, plan.n)
         arrays["kv_segments"] = tiled(segments[1], Sp, plan.m)
@@ -170,8 +174,10 @@ def _kernel(scalars: Refs, refs: Refs, grads: Refs, sums: Refs, *, plan: Plan):
                 row, own = slice(p, p + 1), slice(p * plan.K, (p + 1) * plan.K)
                 sums["q"][first + x, p] = head(refs["q"][rows], p, plan, plan.factor)
                 sums["out_grad"][first + x, p] = head(out_grad_nW, p, plan)
-                # The gradient of log-sum-exp for a score is that score's weight.
-                inner_1n = inner_Wn[own].sum(0, keepdims=True) - refs["lse_grad"][x, row]
+                inner_1n = inner_Wn[own].sum(0, keepdims=True)
+                if "lse_grad" in refs:
+                    # The gradient of log-sum-exp for a score is that score's weight.
+                    inner_1n = inner_1n - refs["lse_grad"][x, row]
                 sums["inner"][first + x, row] = inner_1n
 
         tiles(copy)

@@ -95,8 +95,10 @@ def one_ahead(todo: list[Piece], compute: Callable[[Piece], Any]) -> Iterator[tu
 
 def shift_of(scalars: Refs, plan: Plan):
     """By how many places the first query stands behind the first key."""
+    if not plan.shifted:
+        return 0
     place = scalars["place_6"]
-    return place[4] - place[5] if plan.shifted else 0
+    return place[4] - place[5]
 
 
 def ahead(i, j, shift, plan: Plan, masked: bool):
