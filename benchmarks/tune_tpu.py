@@ -3,7 +3,8 @@
     python benchmarks/tune_tpu.py --generations v5e v6e --pass backward
 
 libtpu (extra `aot-tpu`) compiles the kernels for each generation and profiles them statically. A
-case runs in a process of its own, since libtpu aborts on what it cannot compile.
+case runs in a process of its own, since libtpu aborts on what it cannot compile. That of JAX 0.10.2
+(0.0.42) aborts in the profile for tpu7x; that of JAX 0.12 (0.0.50) does not.
 """
 
 from __future__ import annotations
@@ -19,17 +20,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-SECONDS = 150
-SHAPE = {"batch": 1, "heads": 4, "length": 2048, "size": 128}
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+SECONDS = 300
+SHAPE = {"batch": 1, "heads": 4, "length": 2048, "size": 128, "sentence": 0}
+"""With sentences the row is packed, as a window pictures it: the profile cannot know segments."""
 
 
-def candidates(which: str) -> list[tuple[int, ...]]:
+def candidates(which: str, packed: bool) -> list[tuple[int, ...]]:
     """Tiles, as the fields of `tpu_table.Tiles`."""
+    if packed:
+        blocks = (1024, 2048) if which == "forward" else (2048, 1024)
+        return [(128, m, *blocks, 128, m, heads) for m in (128, 64) for heads in (1, 4, 8)]
     pieces = [(128, 128), (128, 256), (256, 128), (256, 256)]
-    tiles = [(1024, 1024), (512, 1024), (1024, 512), (512, 512)]
-    blocks = {"forward": lambda n, m: (n, 4096), "backward": lambda n, m: (4096, m)}[which]
-    return [(n, m, *blocks(n, m), *piece) for (n, m), piece in itertools.product(tiles, pieces)]
+    tiles = [(1024, 1024), (512, 512)]
+    held = {"forward": lambda n, m: (n, 4096), "backward": lambda n, m: (4096, m)}[which]
+    return [(n, m, *held(n, m), *piece) for (n, m), piece in itertools.product(tiles, pieces)]
 
 
 def measure(generation: str, which: str, sizes: list[int], shape: dict[str, int]) -> dict[str, int]:
@@ -49,7 +54,9 @@ def measure(generation: str, which: str, sizes: list[int], shape: dict[str, int]
             subprocess.run(
                 command, env=environment, timeout=SECONDS, capture_output=True, check=True
             )
-        except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as failure:
+            last = (failure.stderr or b"").decode(errors="replace").strip().splitlines()[-1:]
+            print(generation, sizes, type(failure).__name__, *last, file=sys.stderr)
             return {}
         cycles = {}
         for path in Path(folder).glob("*static_llo_profile.textproto"):
@@ -59,7 +66,10 @@ def measure(generation: str, which: str, sizes: list[int], shape: dict[str, int]
 
 
 def compile_case(generation: str, which: str, sizes: list[int], shape: dict[str, int]) -> None:
-    """Compiles a causal call in bfloat16; libtpu leaves its profile."""
+    """Compiles a causal call in bfloat16; libtpu leaves its profile.
+
+    Heads stand side by side, as a projection leaves them: apart in memory, XLA would copy them.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -80,13 +90,16 @@ def compile_case(generation: str, which: str, sizes: list[int], shape: dict[str,
     explicit = (jax.sharding.AxisType.Explicit,)
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("data",), axis_types=explicit)
     x = jax.ShapeDtypeStruct(
-        (shape["batch"], shape["length"], shape["heads"], shape["size"]),
+        (shape["batch"], shape["length"], shape["heads"] * shape["size"]),
         jnp.bfloat16,
         sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
     )
 
-    def call(q, k, v):
-        return attention(q, k, v, Mask(causal=True), implementation="pallas_tpu")
+    def call(*qkv):
+        heads = (shape["batch"], shape["length"], shape["heads"], shape["size"])
+        q, k, v = (a.reshape(heads) for a in qkv)
+        mask = Mask(causal=not shape["sentence"], window=shape["sentence"] // 2 or None)
+        return attention(q, k, v, mask, implementation="pallas_tpu").reshape(x.shape)
 
     def both(gradient, *primals):
         out, pull = jax.vjp(call, *primals)
@@ -123,7 +136,7 @@ def main() -> None:
     shape = {name: getattr(options, name) for name in SHAPE}
     for generation in options.generations:
         results = []
-        for sizes in options.sizes or candidates(options.which):
+        for sizes in options.sizes or candidates(options.which, options.sentence > 0):
             cycles = measure(generation, options.which, list(sizes), shape)
             kernel = kernel_cycles(cycles, options.which)
             print(generation, options.which, sizes, kernel, sum(cycles.values()), flush=True)

@@ -10,7 +10,7 @@ import numpy as np
 import reference
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxformer.attention import Mask, attention
+from jaxformer.attention import Mask, attention, lax_blocks, tpu_table
 from jaxformer.attention.dropout import keep
 
 # Features of a call: "bias", "alibi", "soft cap", "dropout", "window", "causal", "segments",
@@ -71,11 +71,12 @@ CASES = [
     Case("one query, one key", T=1, S=1),
     Case("one query", T=1, S=127, K=64),
     Case("one key", T=127, S=1),
-    Case("causal", T=129, S=129, causal=True, K=64),
+    Case("causal", T=129, S=129, H=4, G=4, causal=True, K=64),
     Case("cross, long keys", T=7, S=129, segments=2),
     Case("cross, long queries", T=129, S=33, segments=3, K=64),
     Case("packed", T=64, S=64, segments=3, K=64),
     Case("packed, causal, odd", T=127, S=127, segments=4, causal=True),
+    Case("a thousand, packed", T=1000, S=1000, B=1, segments=20, causal=True, K=64),
     Case("heads of 128", T=17, S=33, K=128),
     Case("heads of 256", T=33, S=33, causal=True, K=256),
     Case("grouped", T=16, S=16, H=4, G=2),
@@ -220,6 +221,18 @@ def check(name: str, case: Case) -> None:
     names = ("q", "k", "v", "bias")[: len(gradients)]
     for which, got, wanted in zip(names, gradients, wanted_gradients, strict=True):
         assert error(got, wanted, floor) <= 2 * tolerance, which
+
+
+def small_blocks(monkeypatch, n: int, m: int) -> None:
+    """Makes `blockwise` and `pallas_tpu` cut queries by n and keys by m.
+
+    On a TPU blocks of two tiles and up to four heads, tiles of two pieces.
+    """
+    monkeypatch.setattr(lax_blocks, "BLOCK_Q", n)
+    monkeypatch.setattr(lax_blocks, "BLOCK_K", m)
+    piece = (n // 2, m) if n < m else (n, m // 2)
+    sizes = tpu_table.Tiles(n, m, 2 * n, 2 * m, *piece, heads=4)
+    monkeypatch.setattr(tpu_table, "tiles", lambda *_, **__: (sizes, sizes))
 
 
 def error(got, wanted, floor: float = 1e-30) -> float:

@@ -46,6 +46,7 @@ from jaxformer.attention.tpu_scores import (
     head,
     kept,
     one_ahead,
+    part,
     pieces,
     product,
     shift_of,
@@ -158,7 +159,7 @@ def _run(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plan: Plan) -> tu
             ],
             scratch_shapes=[
                 {
-                    "q": pltpu.VMEM((X, P, plan.n, W), q_BTHK.dtype),
+                    "q": pltpu.VMEM((X, P, plan.n, plan.group), q_BTHK.dtype),
                     "top": pltpu.VMEM((X, P, plan.n), jnp.float32),
                     "total": pltpu.VMEM((X, P, plan.n), jnp.float32),
                     "out": pltpu.VMEM((X, W, plan.n), jnp.float32),
@@ -193,7 +194,7 @@ def _kernel(scalars: Refs, refs: Refs, out_NW, lse, sums: Refs, *, plan: Plan):
             total[x] = jnp.zeros(total.shape[1:], jnp.float32)
             out[x] = jnp.zeros(out.shape[1:], jnp.float32)
             for p in range(plan.packed):
-                sums["q"][x, p] = head(refs["q"][rows], p, plan, plan.factor)
+                sums["q"][x, p] = head(refs["q"][rows, plan.lanes(p)], p, plan, plan.factor)
 
         low, high = key_span(i, plan, shift)
         if plan.segments:
@@ -215,7 +216,7 @@ def _kernel(scalars: Refs, refs: Refs, out_NW, lse, sums: Refs, *, plan: Plan):
         def finish():
             sums_Pn = jnp.maximum(total[x], 1e-30)
             for p in range(plan.packed):
-                own = slice(p * plan.K, (p + 1) * plan.K)
+                own = plan.own(p)
                 out[x, own] = out[x, own] / sums_Pn[p : p + 1]
             out_NW[rows] = out[x].T.astype(out_NW.dtype)
             lse[x] = (top[x] + jnp.log2(sums_Pn)) / LOG2_E
@@ -231,12 +232,12 @@ def _look(tile: Tile, x, y, scalars: Refs, refs: Refs, sums: Refs, plan: Plan) -
     top, total, out = sums["top"], sums["total"], sums["out"]
 
     def scores(piece) -> Array:
-        k_mW = refs["k"][within(y, piece.keys, plan.m, plan.piece_m)]
-        return product(k_mW, sums["q"][x, piece.p, piece.queries], 1, 1)
+        k_mL = refs["k"][within(y, piece.keys, plan.m, plan.piece_m), plan.lanes(piece.p)]
+        return product(k_mL, sums["q"][x, piece.p, piece.queries], 1, 1)
 
     for piece, scores_mn in one_ahead(pieces(plan, tile.ahead), scores):
         p, columns = slice(piece.p, piece.p + 1), piece.queries
-        own = slice(piece.p * plan.K, (piece.p + 1) * plan.K)
+        own = plan.own(piece.p)
         scores_mn, _ = finished(scores_mn, tile, piece, plan, scalars, refs.get("bias"), x, y)
         before_1n = top[x, p, columns]
         now_1n = jnp.maximum(before_1n, scores_mn.max(0, keepdims=True))
@@ -245,8 +246,6 @@ def _look(tile: Tile, x, y, scalars: Refs, refs: Refs, sums: Refs, plan: Plan) -
         top[x, p, columns] = now_1n
         total[x, p, columns] = total[x, p, columns] * shrink_1n + exp_mn.sum(0, keepdims=True)
         exp_mn = dropped(exp_mn, kept(exp_mn.shape, tile, piece, plan, scalars), plan)
-        v_mW = refs["v"][within(y, piece.keys, plan.m, plan.piece_m)]
-        more_Wn = product(v_mW, exp_mn.astype(v_mW.dtype), 0, 0)
-        if plan.packed > 1:
-            more_Wn = more_Wn[own]
-        out[x, own, columns] = out[x, own, columns] * shrink_1n + more_Wn
+        v_mL = refs["v"][within(y, piece.keys, plan.m, plan.piece_m), plan.lanes(piece.p)]
+        more_Kn = part(product(v_mL, exp_mn.astype(v_mL.dtype), 0, 0), piece.p, plan)
+        out[x, own, columns] = out[x, own, columns] * shrink_1n + more_Kn

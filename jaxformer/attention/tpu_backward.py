@@ -39,6 +39,7 @@ from jaxformer.attention.tpu_scores import (
     kept,
     of_block,
     one_ahead,
+    part,
     pieces,
     product,
     shift_of,
@@ -124,8 +125,8 @@ def backward(saved, gradients, plan: Plan) -> tuple[Array, Array, Array, Array |
             out_specs=out_specs,
             scratch_shapes=[
                 {
-                    "q": pltpu.VMEM((I * X, P, plan.n, W), q_BTHK.dtype),
-                    "out_grad": pltpu.VMEM((I * X, P, plan.n, W), v_BSGK.dtype),
+                    "q": pltpu.VMEM((I * X, P, plan.n, plan.group), q_BTHK.dtype),
+                    "out_grad": pltpu.VMEM((I * X, P, plan.n, plan.group), v_BSGK.dtype),
                     "inner": pltpu.VMEM((I * X, P, plan.n), jnp.float32),
                     "q_sum": pltpu.VMEM((I * X, W, plan.n), jnp.float32),
                     "k_sum": pltpu.VMEM((M, W), jnp.float32),
@@ -171,9 +172,9 @@ def _kernel(scalars: Refs, refs: Refs, grads: Refs, sums: Refs, *, plan: Plan):
             out_nW, out_grad_nW = refs["out"][rows], refs["out_grad"][rows]
             inner_Wn = (out_nW.astype(jnp.float32) * out_grad_nW.astype(jnp.float32)).T
             for p in range(plan.packed):
-                row, own = slice(p, p + 1), slice(p * plan.K, (p + 1) * plan.K)
-                sums["q"][first + x, p] = head(refs["q"][rows], p, plan, plan.factor)
-                sums["out_grad"][first + x, p] = head(out_grad_nW, p, plan)
+                row, own, lanes = slice(p, p + 1), plan.own(p), plan.lanes(p)
+                sums["q"][first + x, p] = head(refs["q"][rows, lanes], p, plan, plan.factor)
+                sums["out_grad"][first + x, p] = head(out_grad_nW[:, lanes], p, plan)
                 inner_1n = inner_Wn[own].sum(0, keepdims=True)
                 if "lse_grad" in refs:
                     # The gradient of log-sum-exp for a score is that score's weight.
@@ -237,16 +238,15 @@ def _look(tile: Tile, x, y, scalars: Refs, refs: Refs, grads: Refs, sums: Refs, 
     """What the pairs of one tile add to all gradients."""
 
     def products(piece) -> tuple[Array, Array]:
-        keys = within(y, piece.keys, plan.m, plan.piece_m)
-        q_nW, out_grad_nW = (
+        here = within(y, piece.keys, plan.m, plan.piece_m), plan.lanes(piece.p)
+        q_nL, out_grad_nL = (
             sums[name][tile.i, piece.p, piece.queries] for name in ("q", "out_grad")
         )
-        return product(refs["k"][keys], q_nW, 1, 1), product(refs["v"][keys], out_grad_nW, 1, 1)
+        return product(refs["k"][here], q_nL, 1, 1), product(refs["v"][here], out_grad_nL, 1, 1)
 
     for piece, (scores_mn, weight_grad_mn) in one_ahead(pieces(plan, tile.ahead), products):
         p, columns = slice(piece.p, piece.p + 1), piece.queries
-        own = slice(piece.p * plan.K, (piece.p + 1) * plan.K)
-        keys = within(y, piece.keys, plan.m, plan.piece_m)
+        here = within(y, piece.keys, plan.m, plan.piece_m), plan.lanes(piece.p)
         scores_mn, slope_mn = finished(
             scores_mn, tile, piece, plan, scalars, refs.get("bias"), x, y
         )
@@ -258,14 +258,12 @@ def _look(tile: Tile, x, y, scalars: Refs, refs: Refs, grads: Refs, sums: Refs, 
             grads["bias"][(piece.p, *of_block(x, y, piece, plan))] = score_grad_mn.T
         if slope_mn is not None:
             score_grad_mn = score_grad_mn * slope_mn
-        q_nW = sums["q"][tile.i, piece.p, columns]
-        out_grad_nW = sums["out_grad"][tile.i, piece.p, columns]
-        k_mW = refs["k"][keys]
-        used_mn = dropped(weights_mn, kept_mn, plan).astype(out_grad_nW.dtype)
-        score_grad_mn = score_grad_mn.astype(q_nW.dtype)
-        sums["v_sum"][keys] += product(used_mn, out_grad_nW, 1, 0)
-        sums["k_sum"][keys] += product(score_grad_mn, q_nW, 1, 0)
-        more_Wn = product(k_mW, score_grad_mn, 0, 0)
-        if plan.packed > 1:
-            more_Wn = more_Wn[own]
-        sums["q_sum"][tile.i, own, columns] += more_Wn
+        q_nL = sums["q"][tile.i, piece.p, columns]
+        out_grad_nL = sums["out_grad"][tile.i, piece.p, columns]
+        used_mn = dropped(weights_mn, kept_mn, plan).astype(out_grad_nL.dtype)
+        score_grad_mn = score_grad_mn.astype(q_nL.dtype)
+        # Of lanes that heads share, the others' are zeros here.
+        sums["v_sum"][here] += product(used_mn, out_grad_nL, 1, 0)
+        sums["k_sum"][here] += product(score_grad_mn, q_nL, 1, 0)
+        more_Kn = part(product(refs["k"][here], score_grad_mn, 0, 0), piece.p, plan)
+        sums["q_sum"][tile.i, plan.own(piece.p), columns] += more_Kn

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxformer.attention.extras import Extras
 from jaxformer.attention.mask import Mask
-from jaxformer.attention.tpu_table import LANES, VMEM, Tiles
+from jaxformer.attention.tpu_table import HELD, LANES, VMEM, Tiles
 
 LOG2_E = math.log2(math.e)
 
@@ -43,7 +43,8 @@ class Plan(NamedTuple):
     scale: float
     true_K: int  # size of a head; below it is padded
     K: int
-    packed: int  # P: heads side by side in the lanes of a block
+    packed: int  # P: heads of a block
+    side: int  # heads that share 128 lanes; of them products are taken together
     n: int  # queries of a tile
     m: int  # keys of a tile
     piece_n: int  # queries of a piece
@@ -56,6 +57,19 @@ class Plan(NamedTuple):
     def width(self) -> int:
         """W: lanes of a block."""
         return self.packed * self.K
+
+    @property
+    def group(self) -> int:
+        """L: lanes of the heads that share them."""
+        return self.side * self.K
+
+    def lanes(self, p: int) -> slice:
+        """Those of a block that head p shares with others."""
+        return slice(p // self.side * self.group, (p // self.side + 1) * self.group)
+
+    def own(self, p: int) -> slice:
+        """Those of a block that are head p's alone."""
+        return slice(p * self.K, (p + 1) * self.K)
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -104,7 +118,10 @@ def plan_of(
     """What to compile for a call."""
     (_, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
     beside = LANES // K if K < LANES and LANES % K == 0 else 1
-    packed = beside if G == H and H % beside == 0 else 1
+    side = beside if G == H and H % beside == 0 else 1
+    packed = side
+    while G == H and H % (2 * packed) == 0 and 2 * packed <= min(tiles.heads, HELD // max(T, 1)):
+        packed *= 2
     n, q_tiles = _cut(T, tiles.n, tiles.q_block)
     m, k_tiles = _cut(S, tiles.m, tiles.k_block)
     return Plan(
@@ -123,8 +140,9 @@ def plan_of(
         shared=H // G,
         scale=K**-0.5,
         true_K=K,
-        K=K if packed > 1 else _up(K, LANES),
+        K=K if side > 1 else _up(K, LANES),
         packed=packed,
+        side=side,
         n=n,
         m=m,
         piece_n=min(tiles.piece_n, n),

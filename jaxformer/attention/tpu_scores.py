@@ -51,18 +51,25 @@ def product(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
     )
 
 
-def head(x_nW: Array, p: int, plan: Plan, factor: float = 1.0) -> Array:
-    """One head of a block times a factor, with zeros in the lanes of the others.
+def head(x_nL: Array, p: int, plan: Plan, factor: float = 1.0) -> Array:
+    """One head of the lanes that it shares, times a factor, with zeros in the lanes of the others.
 
-    The matrix unit sums over 128 lanes anyway: so the heads of a block need not be taken apart.
+    The matrix unit sums over 128 lanes anyway: so these heads need not be taken apart.
     """
     if factor != 1.0:
-        x_nW = (x_nW.astype(jnp.float32) * factor).astype(x_nW.dtype)
-    if plan.packed == 1:
-        return x_nW
-    lane_nW = jax.lax.broadcasted_iota(jnp.int32, x_nW.shape, 1)
-    own_nW = (lane_nW >= p * plan.K) & (lane_nW < (p + 1) * plan.K)
-    return jnp.where(own_nW, x_nW, jnp.zeros((), x_nW.dtype))
+        x_nL = (x_nL.astype(jnp.float32) * factor).astype(x_nL.dtype)
+    if plan.side == 1:
+        return x_nL
+    first = p % plan.side * plan.K
+    lane_nL = jax.lax.broadcasted_iota(jnp.int32, x_nL.shape, 1)
+    own_nL = (lane_nL >= first) & (lane_nL < first + plan.K)
+    return jnp.where(own_nL, x_nL, jnp.zeros((), x_nL.dtype))
+
+
+def part(x_Ln: Array, p: int, plan: Plan) -> Array:
+    """The rows of one head among those that share its lanes."""
+    first = p % plan.side * plan.K
+    return x_Ln[first : first + plan.K] if plan.side > 1 else x_Ln
 
 
 def pieces(plan: Plan, ahead) -> list[Piece]:

@@ -17,16 +17,39 @@ class Tiles(NamedTuple):
     k_block: int  # keys in VMEM at a time
     piece_n: int  # queries of a piece
     piece_m: int  # keys of a piece
+    heads: int = 1  # heads of a block, beside those that share 128 lanes anyway
 
 
 VMEM = 100 * 2**20
 """Bytes of a core's memory that a kernel may use."""
 
-DENSE = Tiles(1024, 1024, 1024, 4096, 256, 128), Tiles(1024, 1024, 4096, 1024, 256, 128)
-PACKED = Tiles(128, 128, 1024, 2048, 128, 128), Tiles(128, 128, 2048, 1024, 128, 128)
+HELD = 2**15
+"""Queries of the heads of a block together, where there are several; the backward pass keeps them.
+"""
+
+# What benchmarks/tune_tpu.py found best for causal rows of 2,048 in bfloat16, with heads of 64 and
+# with heads of 128. Pieces fit the matrix unit: 128 x 128 up to v5, 256 x 256 since.
+NARROW = Tiles(1024, 1024, 1024, 4096, 128, 128), Tiles(1024, 1024, 4096, 1024, 256, 128)
+WIDE = Tiles(1024, 1024, 1024, 4096, 256, 128), Tiles(1024, 1024, 4096, 1024, 256, 256)
+DENSE = {
+    "TPU v4": NARROW,  # not profiled: the matrix unit of v5
+    "TPU v5 lite": NARROW,
+    "TPU v5": NARROW,
+    "TPU v6 lite": WIDE,
+    "TPU7x": WIDE,
+}
+OTHER = WIDE
+"""For devices that are not in the table, and the interpreter."""
+
+# Packed sentences are short: tiles are small, so that most of them are left out, and the heads of a
+# block are independent work for the units of the core.
+PACKED = (
+    Tiles(128, 64, 1024, 2048, 128, 64, heads=4),
+    Tiles(128, 64, 2048, 1024, 128, 64, heads=4),
+)
 BIASED = Tiles(512, 512, 512, 512, 256, 128), Tiles(512, 512, 512, 512, 256, 128)
 
 
 def tiles(kind: str, *, segments: bool, bias: bool) -> tuple[Tiles, Tiles]:
     """The sizes, forward and backward, for a kind of device as `jax.Device.device_kind` has it."""
-    return BIASED if bias else PACKED if segments else DENSE
+    return BIASED if bias else PACKED if segments else DENSE.get(kind, OTHER)

@@ -4,28 +4,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import CASES, REFUSALS, check
+from attention_cases import CASES, Case, check, small_blocks
 
 import jaxformer.attention as module
-from jaxformer.attention import Mask, attention, lax_blocks, tpu_table
+from jaxformer.attention import Mask, attention, lax_blocks
 from jaxformer.attention.extras import Extras
 
-BY_BLOCKS = ("blockwise", "pallas_tpu")
+# Each feature once in several blocks; in one block all cases are in test_attention.py.
+NAMES = (
+    "one query",
+    "causal",
+    "cross, long queries",
+    "bias, grouped, packed",
+    "alibi, grouped, packed",
+    "soft cap, cross, packed",
+    "log-sum-exp, causal",
+    "window",
+    "window, causal",
+    "everything",
+    "bfloat16",
+)
+SIZES = [(16, 24), (40, 8)]
 
 
-@pytest.mark.parametrize("blocks", [(16, 24), (40, 8)], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("name", BY_BLOCKS)
+def runs():
+    """(implementation, case, block): the sizes in turn, and both for two of the cases."""
+    cases = {case.name: case for case in CASES}
+    for name in ("blockwise", "pallas_tpu"):
+        for x, case in enumerate(NAMES):
+            both = case in ("causal", "everything")
+            yield from ((name, cases[case], size) for size in (SIZES if both else [SIZES[x % 2]]))
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "blocks"), runs(), ids=lambda x: x.name if isinstance(x, Case) else str(x)
+)
 def test_the_size_of_blocks_decides_nothing(monkeypatch, name, case, blocks):
-    if case.features & REFUSALS[name]:
-        pytest.skip("refused: see REFUSALS")
-    if name == "blockwise":
-        monkeypatch.setattr(lax_blocks, "BLOCK_Q", blocks[0])
-        monkeypatch.setattr(lax_blocks, "BLOCK_K", blocks[1])
-    # Blocks of two tiles, tiles of two pieces.
-    n, m = blocks
-    sizes = tpu_table.Tiles(n, m, 2 * n, 2 * m, n // 2, m // 2)
-    monkeypatch.setattr(tpu_table, "tiles", lambda *_, **__: (sizes, sizes))
+    small_blocks(monkeypatch, *blocks)
     check(name, case)
 
 
