@@ -71,7 +71,7 @@ CASES = [
     Case("one query, one key", T=1, S=1),
     Case("one query", T=1, S=127, K=64),
     Case("one key", T=127, S=1),
-    Case("causal", T=129, S=129, H=4, G=4, causal=True, K=64),
+    Case("causal", T=129, S=129, causal=True, K=64),
     Case("cross, long keys", T=7, S=129, segments=2),
     Case("cross, long queries", T=129, S=33, segments=3, K=64),
     Case("packed", T=64, S=64, segments=3, K=64),
@@ -90,7 +90,7 @@ CASES = [
     Case("soft cap, cross, packed", T=17, S=40, soft_cap=1.5, segments=2),
     Case("log-sum-exp", T=33, S=20, lse=True, segments=2),
     Case("log-sum-exp, causal", T=33, S=33, lse=True, causal=True, dropout=0.2),
-    Case("window", T=33, S=33, window=5),
+    Case("window", T=33, S=33, H=4, G=4, K=64, window=5),
     Case("window, causal", T=33, S=33, window=4, causal=True),
     Case("dropout", T=33, S=33, dropout=0.3),
     Case("dropout, packed, causal", T=65, S=65, dropout=0.1, segments=3, causal=True),
@@ -226,12 +226,12 @@ def check(name: str, case: Case) -> None:
 def small_blocks(monkeypatch, n: int, m: int) -> None:
     """Makes `blockwise` and `pallas_tpu` cut queries by n and keys by m.
 
-    On a TPU blocks of two tiles and up to four heads, tiles of two pieces.
+    On a TPU blocks of two tiles, and tiles of two pieces if n < m, else blocks of four heads.
     """
     monkeypatch.setattr(lax_blocks, "BLOCK_Q", n)
     monkeypatch.setattr(lax_blocks, "BLOCK_K", m)
-    piece = (n // 2, m) if n < m else (n, m // 2)
-    sizes = tpu_table.Tiles(n, m, 2 * n, 2 * m, *piece, heads=4)
+    piece_n, heads = (n // 2, 1) if n < m else (n, 4)
+    sizes = tpu_table.Tiles(n, m, 2 * n, 2 * m, piece_n, m, heads)
     monkeypatch.setattr(tpu_table, "tiles", lambda *_, **__: (sizes, sizes))
 
 

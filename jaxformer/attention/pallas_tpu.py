@@ -89,9 +89,12 @@ def _attend(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plans):
 def _forward(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plans):
     """The output and the log-sum-exp, and what the backward pass needs."""
     primals = q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars
-    primals = jax.tree.map(lambda primal: primal.value, primals)
-    out_BTHK, lse_BHT = _run(*primals, plans[0])
-    return (out_BTHK, _said(lse_BHT)), (*primals, out_BTHK, lse_BHT)
+    q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars = jax.tree.map(
+        lambda primal: primal.value, primals
+    )
+    out_BTHK, lse_BHT = _run(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plans[0])
+    saved = q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, out_BTHK, lse_BHT
+    return (out_BTHK, _said(lse_BHT)), saved
 
 
 def _said(lse_BHT: Array) -> Array:

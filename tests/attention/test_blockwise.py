@@ -37,7 +37,7 @@ def runs():
 
 
 @pytest.mark.parametrize(
-    ("name", "case", "blocks"), runs(), ids=lambda x: x.name if isinstance(x, Case) else str(x)
+    ("name", "case", "blocks"), [*runs()], ids=lambda x: x.name if isinstance(x, Case) else str(x)
 )
 def test_the_size_of_blocks_decides_nothing(monkeypatch, name, case, blocks):
     small_blocks(monkeypatch, *blocks)

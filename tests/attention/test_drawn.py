@@ -31,7 +31,7 @@ def compiled(name: str, T: int, S: int, causal: bool, window: int | None):
     q, k = (jax.ShapeDtypeStruct((1, n, H, K), jnp.float32) for n in (T, S))
     ids = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (T, S))
     with pytest.MonkeyPatch.context() as patch:
-        small_blocks(patch, 8, 16)
+        small_blocks(patch, 16, 8)
         return jax.jit(both).lower(q, k, k, q, *ids).compile()
 
 
