@@ -23,7 +23,7 @@ class Tiles(NamedTuple):
 VMEM = 100 * 2**20
 """Bytes of a core's memory that a kernel may use."""
 
-HELD = 2**15
+HELD = 2**14
 """Queries of the heads of a block together, where there are several; the backward pass keeps them.
 """
 
@@ -45,7 +45,7 @@ OTHER = WIDE
 # block are independent work for the units of the core.
 PACKED = (
     Tiles(128, 64, 1024, 2048, 128, 64, heads=4),
-    Tiles(128, 64, 2048, 1024, 128, 64, heads=4),
+    Tiles(128, 64, 1024, 1024, 128, 64, heads=4),
 )
 BIASED = Tiles(512, 512, 512, 512, 256, 128), Tiles(512, 512, 512, 512, 256, 128)
 
