@@ -18,6 +18,7 @@ import datetime
 import functools
 import importlib.metadata
 import json
+import sys
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -30,7 +31,9 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.ahead import ROOT, TPUS, Case, measure
+from jaxformer.errors import UserError
 from jaxformer.hardware import CHIPS
+from jaxformer.plan.target import parse
 
 RESULTS = ROOT / "benchmarks/results/attention.jsonl"
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -203,6 +206,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="compilations at a time")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where they are kept")
     arguments = parser.parse_args()
+    try:
+        parse(CHIPS[arguments.only[0]].topology)
+    except UserError as missing:
+        print(f"error: {missing}", file=sys.stderr)
+        sys.exit(2)
     lengths = arguments.lengths or (SHORT if arguments.short else LENGTHS)
     wanted = cases(arguments.only, lengths, arguments.sizes, arguments.masks, arguments.short)
     found = fill(wanted, arguments.results, arguments.limit, arguments.workers)
