@@ -7,10 +7,12 @@ STAMP := $(VENV)/.installed
 CONFIG ?= configs/zh_en.py:laptop
 WORKDIR ?= runs/laptop
 
+AOT := .venv-aot
+AOT_STAMP := $(AOT)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 TOUR := $(or $(JAXFORMER_WORKDIR),runs/steve)
 
-.PHONY: venv train test test-long docs lint format clean
+.PHONY: venv train test test-long aot bench docs lint format clean
 
 venv: $(STAMP)
 
@@ -30,6 +32,22 @@ test: $(STAMP)
 # Clusters, schedulers and kills on this machine, and the pages of the tour: one test at a time.
 test-long: $(DOCS_STAMP) $(TOUR)/report.html
 	JAXFORMER_WORKDIR=$(abspath $(TOUR)) $(BIN)/pytest -m long $(TESTS)
+
+# The kernels compiled for TPUs and an H100 that are not here; SHORT=1: some of it, in a minute.
+aot: $(AOT_STAMP)
+	$(AOT)/bin/pytest -n 2 -rs $(if $(SHORT),-m "not long") tests/aot
+
+# Attention beside other libraries: on TPUs by the compiler's estimates, on this CPU by the clock.
+# What is known already is not compiled again; it takes hours from scratch, and may be stopped.
+bench: $(AOT_STAMP)
+	$(AOT)/bin/pip install --quiet --disable-pip-version-check --editable '.[aot,bench]'
+	$(AOT)/bin/python -m benchmarks.attention
+	$(AOT)/bin/python benchmarks/attention_cpu.py
+
+$(AOT_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(AOT)
+	$(AOT)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev,aot]'
+	@touch $@
 
 # The guided tour, on the model in runs/steve (trained first, 3 minutes) or in JAXFORMER_WORKDIR.
 docs: $(DOCS_STAMP) $(TOUR)/report.html
@@ -53,4 +71,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(AOT) build docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

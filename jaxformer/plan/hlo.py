@@ -77,6 +77,26 @@ def count(text: str) -> Counts:
     return _Counter(computations).computation(entry)
 
 
+def operations(text: str) -> list[tuple[Instruction, Counts, int]]:
+    """What a program runs, one after the other: (operation, what it does, times)."""
+    computations, entry = parse(text)
+    counter = _Counter(computations)
+
+    def within(name: str, times: int) -> list[tuple[Instruction, Counts, int]]:
+        found = []
+        for i in computations[name].values():
+            called = [n for n in called_by(i) if n in computations]
+            if i.opcode == "while":
+                found += within(attribute(i, "body"), times * counter.trips(i))
+            elif i.opcode in ("call", "async-start", "conditional"):
+                found += [one for n in called for one in within(n, times)]
+            elif i.opcode not in FREE:
+                found.append((i, counter.instruction(i, computations[name])[0], times))
+        return found
+
+    return within(entry, 1)
+
+
 class _Counter:
     def __init__(self, computations: dict[str, dict[str, Instruction]]):
         self.computations = computations
@@ -221,10 +241,14 @@ def _convolution_flops(i: Instruction, shapes: Sequence[tuple[int, ...]]) -> flo
 def _kernel_flops(i: Instruction, shapes: Sequence[tuple[int, ...]]) -> float:
     """Flash attention over its full picture (what a mask skips counts); products by libraries."""
     if "flash_attention" in i.rest or "flash_attention" in i.name:
+        products = 5 if "backward" in i.rest.split("op_name")[-1] else 2
+        flat = [s for s in shapes if len(s) == 3]
+        if len(flat) > 2:  # ours for TPU: operands in the order of their names, first k, last q, v
+            (_, S, _), (B, T, D) = flat[0], flat[-2]
+            return 2.0 * products * B * T * S * D
         arrays = [s for s in shapes if len(s) == 4]
         (B, H, T, K), S = arrays[0], arrays[1][2]
-        products = 5 if "backward" in i.rest.split("op_name")[-1] or len(arrays) > 4 else 2
-        return 2.0 * products * B * H * T * S * K
+        return 2.0 * max(products, 5 if len(arrays) > 4 else 2) * B * H * T * S * K
     if re.search(r'custom_call_target="[^"]*(?:gemm|matmul|dot)', i.rest) and len(shapes) > 1:
         depth = set(shapes[0]) & set(shapes[1])
         return 2.0 * math.prod(shape_of(i.result)) * max(depth, default=1)

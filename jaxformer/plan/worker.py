@@ -8,9 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 from typing import Any
@@ -18,14 +16,8 @@ from typing import Any
 from jaxformer.config import Config
 from jaxformer.errors import UserError
 from jaxformer.plan import hlo
+from jaxformer.plan.compiler import ask
 from jaxformer.plan.target import Target, describe, parse, places
-
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
 
 BATCH = (
     "source_BS", "source_segments_BS", "source_positions_BS",
@@ -59,32 +51,8 @@ def compile_step(config: Config, target: Target, limit: float) -> Compiled:
     Raises:
       UserError: it took too long, or the compiler failed; its last words are in the sentence.
     """
-    job = json.dumps({"config": config.to_json(), "target": target.name})
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "jaxformer.plan.worker"],
-            input=job,
-            env=os.environ | ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=limit,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise UserError(
-            f"The compiler for {target.name} needed more than {limit:.0f} s; raise --limit."
-        ) from error
-    answer = done.stdout.strip().splitlines()
-    if done.returncode or not answer:
-        words = [line for line in done.stderr.splitlines() if line.strip()] or ["no word"]
-        errors = [line for line in words if re.match(r"[\w.]+(Error|Exception|Refusal)?: ", line)]
-        raise UserError(
-            f"The compiler for {target.name} failed (exit code {done.returncode}): "
-            f"{(errors or words)[-1][:500]}"
-        )
-    result = json.loads(answer[-1])
-    if "refused" in result:
-        raise UserError(result["refused"])
+    job = {"config": config.to_json(), "target": target.name}
+    result = ask("jaxformer.plan.worker", job, target.name, limit)
     counts = result.pop("counts")
     collectives = [
         hlo.Collective(**(c | {"group": tuple(c["group"])})) for c in counts.pop("collectives")

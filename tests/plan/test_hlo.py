@@ -139,3 +139,24 @@ def test_a_program_of_this_machine():
     reduces = [c for c in counts.collectives if c.kind == "all-reduce"]
     assert sum(c.times * c.sent for c in reduces) == 5 * 2 * (32 * 32 * 4) * 3 / 4
     assert {len(c.group) for c in reduces} == {4}
+
+
+KERNEL = """\
+HloModule kernel
+
+ENTRY %main (q: bf16[2,512,256], k: bf16[2,1024,128]) -> bf16[2,512,256] {
+  %q = bf16[2,512,256]{2,1,0} parameter(0)
+  %k = bf16[2,1024,128]{2,1,0} parameter(1)
+  %ids = s32[2,4,1,128]{3,2,1,0} parameter(2)
+  ROOT %flash_attention.1 = bf16[2,512,256]{2,1,0} custom-call(%k, %ids, %q, %ids, %k), \
+custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_products_of_our_tpu_kernel_are_counted():
+    ((operation, counts, times),) = hlo.operations(KERNEL)
+    assert (operation.opcode, times) == ("custom-call", 1)
+    assert counts.flops == 2 * 2 * 2 * 512 * 1024 * 256
+    backward = KERNEL.replace('tpu_custom_call"', 'tpu_custom_call", op_name="backward"')
+    assert hlo.count(backward).flops == 2.5 * counts.flops
