@@ -54,8 +54,13 @@ BREAKS = {
         '"targets_BT": target.ending_with(EOS)',
         '"targets_BT": target.beginning_with(BOS)',
     ),
+    "08_norms": (
+        "jaxformer/model/layers.py",
+        "jnp.square(x32).mean(-1, keepdims=True)",
+        "jnp.square(x32).mean((0, 1), keepdims=True)",
+    ),
 }
-"""For each page, what of the code it is to notice: the root of d_k, the masks, the shift."""
+"""For each page, what of the code it is to notice: the root of d_k, masks, the shift, the norm."""
 
 
 def run_page(name: str, code: Path) -> str:

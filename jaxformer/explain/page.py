@@ -29,5 +29,5 @@ def render(walk: Walk) -> str:
         # In a script element only "<" could end the element.
         data=as_json(walk).replace("<", "\\u003c"),
         css=part("page.css"),
-        script=part("page.js"),
+        scripts=[part(f"{name}.js") for name in ("drawing", "figures", "page")],
     )
