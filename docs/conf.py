@@ -28,6 +28,7 @@ mathjax_path = "tex-svg.js"
 mathjax3_config = {"options": {"enableMenu": False}}
 html_css_files = ["tour.css"]
 html_show_copyright = html_copy_source = html_show_sourcelink = html_show_sphinx = False
+html_use_index = False  # it would be empty
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3

@@ -1,9 +1,11 @@
-"""The table of the study note names only what exists; pages run, and notice broken code."""
+"""The study note names only what exists; pages run, open in a browser and notice broken code."""
 
 import ast
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NOTE = (ROOT / "docs" / "note.md").read_text(encoding="utf-8")
 PAGES = sorted(set(re.findall(r"\]\((tour/[^)]+\.md)\)", NOTE)))
+SITE = sorted(
+    path.relative_to(ROOT / "docs").with_suffix("").as_posix()
+    for folder in ("docs", "docs/tour")
+    for path in (ROOT / folder).glob("*.md")
+)
 NAMES = sorted(set(re.findall(r"`([\w/]+\.py)::(\w+)`", NOTE)))
 
 
@@ -63,31 +70,37 @@ BREAKS = {
 """For each page, what of the code it is to notice: the root of d_k, masks, the shift, the norm."""
 
 
-def run_page(name: str, code: Path) -> str:
-    """Executes a page on the package in `code`; returns the error, "" if there is none."""
-    myst = pytest.importorskip("myst_nb.core.read", reason="needs the docs extra: make docs")
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
-
+def needed() -> Path:
+    """The trained model that pages look into; skips where it or the docs extra is missing."""
+    pytest.importorskip("myst_nb", reason="needs the docs extra: make docs")
     workdir = Path(os.environ.get("JAXFORMER_WORKDIR") or ROOT / "runs" / "steve").absolute()
     if not (workdir / "checkpoints").is_dir():
         pytest.skip(f"no trained model in {workdir}; `make docs` trains one")
+    return workdir
+
+
+def surroundings(code: Path, workdir: Path) -> dict[str, str]:
+    """The environment of a reader, not that of the tests."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    return kept | {"PYTHONPATH": str(code), "JAXFORMER_WORKDIR": str(workdir)}
+
+
+def run_page(name: str, code: Path) -> str:
+    """Executes a page on the package in `code`; returns the error, "" if there is none."""
+    workdir = needed()
+    from myst_nb.core.read import read_myst_markdown_notebook
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
     text = (ROOT / "docs" / "tour" / f"{name}.md").read_text(encoding="utf-8")
-    notebook = myst.read_myst_markdown_notebook(text)
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    environment |= {"PYTHONPATH": str(code), "JAXFORMER_WORKDIR": str(workdir)}
+    notebook = read_myst_markdown_notebook(text)
+    environment = surroundings(code, workdir)
     where = {"metadata": {"path": str(ROOT / "docs" / "tour")}}
     try:
         NotebookClient(notebook, timeout=300, resources=where).execute(env=environment)
     except CellExecutionError as error:
         return error.ename
     return ""
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "docs/tour").glob("*.md"))])
-def test_a_page_runs(name):
-    assert run_page(name, ROOT) == ""
 
 
 @pytest.mark.long
@@ -99,3 +112,37 @@ def test_broken_code_turns_its_page_red(name, tmp_path):
     assert text.count(right) == 1
     (tmp_path / path).write_text(text.replace(right, wrong), encoding="utf-8")
     assert run_page(name, tmp_path) == "AssertionError"
+
+
+@pytest.fixture(scope="module")
+def site():
+    """The site, built as `make docs` does, which runs all pages that did not run before."""
+    environment = surroundings(ROOT, needed())
+    built = ROOT / "docs" / "_build" / "html"
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", str(built)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return built
+
+
+# Building runs every page, so no test does it a second time.
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", SITE)
+def test_a_page_opens_in_both_languages(site, tab, name):
+    tab.goto((site / f"{name}.html").as_uri())
+    width = tab.viewport_size["width"]
+    for language, other in (("zh", "en"), ("en", "zh")):
+        tab.locator(f"#languages button[value={language}]").click()
+        assert tab.evaluate("document.documentElement.dataset.language") == language
+        assert not tab.locator(f".{other}:visible").count()
+        shown = tab.locator(f".{language}:visible").count()
+        assert shown == tab.locator(f".{language}").count()
+        assert shown or not (name.startswith("tour/") or name in ("index", "note"))
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    cut = tab.evaluate(
+        """[...document.querySelectorAll(".cell_output img, .cell_output svg")].filter(
+            e => e.getBoundingClientRect().right > innerWidth).length"""
+    )
+    assert not cut
+    assert tab.evaluate("[...document.images].every(e => e.complete && e.naturalWidth)")

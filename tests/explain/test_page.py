@@ -1,7 +1,5 @@
 """The page in a real browser: headless Chromium, where Playwright and a browser are installed."""
 
-import shutil
-
 import pytest
 from inference_cases import CONFIG, SENTENCES, state, tokenizer
 
@@ -22,33 +20,6 @@ def html(tmp_path_factory):
     one = told | {"runs": told["runs"][:1]}
     (folder / "plain.html").write_text(render(one), encoding="utf-8")
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-    with sync_api.sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        except sync_api.Error as error:
-            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(params=[(1280, 900), (390, 844)], ids=["desktop", "phone"])
-def tab(request, browser):
-    """A new page that fails the test if its console says something, or if it asks the network."""
-    said = []
-    width, height = request.param
-    page = browser.new_page(viewport={"width": width, "height": height}, locale="en-US")
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda r: r.url.startswith("http") and said.append(r.url))
-    yield page
-    page.close()
-    assert not said
 
 
 @pytest.mark.parametrize("name", ["plain", "ablated"])

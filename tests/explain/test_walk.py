@@ -15,7 +15,9 @@ from jaxformer.data.tokenizer import BOS, EOS
 from jaxformer.errors import UserError
 from jaxformer.explain.ablation import Ablation, ablated, parse
 from jaxformer.explain.page import render
-from jaxformer.explain.walk import PADS, walk
+from jaxformer.explain.walk import PADS, batch_of, pieces, walk
+from jaxformer.inference.decode import log_probabilities
+from jaxformer.model import logits, recorded
 
 HEADS = CONFIG.model.num_heads
 
@@ -83,6 +85,8 @@ def test_every_number_is_the_models(translator, page):
         memory = x
     seen += candidates(run["steps"], x @ numbers["embedding_VD"].T, target)
     assert seen > 1000
+    told = {key for key in run if key not in ("without", "translation")}
+    assert told == {*tokens, "steps", "lens", "hypotheses", "beam"}  # the last two: below
 
 
 def same(told, expected, axis=0):
@@ -97,8 +101,8 @@ def same(told, expected, axis=0):
 def candidates(told, logits_TV, target):
     logits_TV = np.array(logits_TV)
     logits_TV[:, :3] = -np.inf  # PAD, UNK and BOS are never written
-    for at, logits, token in zip(told, logits_TV, target, strict=True):
-        p = reference.softmax(logits)
+    for at, logits_V, token in zip(told, logits_TV, target, strict=True):
+        p = reference.softmax(logits_V)
         assert at["chosen"]["id"] == token
         assert at["rank"] == (p > p[token]).sum() + 1
         for one in [at["chosen"], *at["candidates"]]:
@@ -114,6 +118,22 @@ def test_the_search_is_that_of_the_translator(translator, page):
     found = page["runs"][0]["hypotheses"]
     assert [one["text"] for one in found] == [one.text for one in expected]
     np.testing.assert_allclose([h["score"] for h in found], [e.score for e in expected], rtol=1e-3)
+
+
+def test_the_log_probabilities_of_the_search_are_the_models(translator, page):
+    run = page["runs"][0]
+    source_BS = np.array([page["source"]["ids"]], np.int32)
+    names = pieces(translator.tokenizer, range(translator.tokenizer.vocab_size))
+    read = jax.jit(recorded)
+    for step in run["beam"]:
+        for one in step:
+            ids = [names.index(piece) for piece in one["pieces"]]
+            batch = batch_of(source_BS, ids, Ablation())
+            log_TV = log_probabilities(
+                logits(translator.model, read(translator.model, batch)[0])[0]
+            )
+            expected = sum(float(row[token]) for row, token in zip(log_TV, ids, strict=True))
+            assert one["log_probability"] == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
 def test_a_hypothesis_is_kept_from_step_to_step(page):
