@@ -27,16 +27,20 @@ HELD = 2**14
 """Queries of the heads of a block together, where there are several; the backward pass keeps them.
 """
 
-# What benchmarks/tune_tpu.py found best for causal rows of 2,048 in bfloat16, with heads of 64 and
-# with heads of 128. Pieces fit the matrix unit: 128 x 128 up to v5, 256 x 256 since.
+# The best of the pieces tried for causal rows of 2,048 in bfloat16, heads of 64 and of 128, by the
+# compiler's estimates for v5e, v5p and v6e (benchmarks/tune_tpu.py). They fit the matrix unit:
+# 128 x 128 up to v5, 256 x 256 since.
 NARROW = Tiles(1024, 1024, 1024, 4096, 128, 128), Tiles(1024, 1024, 4096, 1024, 256, 128)
 WIDE = Tiles(1024, 1024, 1024, 4096, 256, 128), Tiles(1024, 1024, 4096, 1024, 256, 256)
 DENSE = {
     "TPU v4": NARROW,  # not profiled: the matrix unit of v5
     "TPU v5 lite": NARROW,
+    "TPU v5e": NARROW,
     "TPU v5": NARROW,
+    "TPU v5p": NARROW,
     "TPU v6 lite": WIDE,
-    "TPU7x": WIDE,
+    "TPU v6e": WIDE,
+    "TPU7x": WIDE,  # the row of v6e, not tuned: it compiles, and has an estimate
 }
 OTHER = WIDE
 """For devices that are not in the table, and the interpreter."""
