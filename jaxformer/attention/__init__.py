@@ -30,8 +30,11 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 """In the order in which they are tried."""
 
-SHORT = 512 * 512
-"""Of pictures (T times S) smaller than this, `dense` is faster than `blockwise` on a CPU."""
+SHORT = {"cpu": 512 * 512, "gpu": 512 * 512, "tpu": 256 * 256}
+"""Of pictures (T times S) smaller than this, `dense` is faster than implementations in blocks.
+
+Measured on a CPU; estimated for TPUs, where both meet between 128 and 256 (`docs/attention.md`).
+"""
 
 
 @overload
@@ -137,10 +140,11 @@ def _check(q_BTHK, k_BSGK, v_BSGK, bias, alibi, implementation) -> None:
 
 
 def _order(T: int, S: int) -> tuple[str, ...]:
-    foreign = {"tpu": {"pallas_gpu"}, "gpu": {"pallas_tpu"}, "cuda": {"pallas_tpu"}}
-    left_out = foreign.get(platform(), {"pallas_tpu", "pallas_gpu"})
-    if T * S < SHORT:
-        left_out = left_out | {"pallas_tpu", "pallas_gpu", "blockwise"}
+    here = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}.get(platform(), "cpu")
+    left_out = {name for name in ("pallas_tpu", "pallas_gpu") if not name.endswith(here)}
+    size = T * S
+    if size < SHORT[here]:
+        left_out |= {"pallas_tpu", "pallas_gpu", "blockwise"}
     return tuple(name for name in IMPLEMENTATIONS if name not in left_out)
 
 

@@ -60,15 +60,25 @@ INTERPRET: Any = True
 def pallas_tpu(
     q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask: Mask, extras: Extras
 ) -> tuple[Array, Array]:
-    """Attention of any length and head size; on other machines than a TPU it is interpreted.
+    """Attention of any head size; on other machines than a TPU it is interpreted.
 
     Memory is linear in the length. A bias is a T x S picture itself, and its gradient B of them.
+
+    Raises:
+      NotImplementedError: rows of more queries than the backward pass can keep in VMEM: 40,960 in
+        bfloat16 with heads of 128. The number of keys is not bounded.
     """
     interpret = platform() != "tpu" and INTERPRET
     sizes = tpu_table.tiles(
         device_kind(), segments=mask.q_segments_BT is not None, bias=extras.bias_BHTS is not None
     )
     plans = tuple(plan_of(q_BTHK, k_BSGK, mask, extras, tiles, interpret) for tiles in sizes)
+    held = plans[1].held(q_BTHK.dtype.itemsize)
+    if held > tpu_table.LONGEST:
+        raise NotImplementedError(
+            f"pallas_tpu attention keeps the queries of a head in VMEM, where {q_BTHK.shape[1]:,} "
+            f"take {held / 2**20:.0f} MiB of {tpu_table.LONGEST / 2**20:.0f}"
+        )
     scalars = {}
     if extras.rate or extras.shifted or extras.slopes_H is not None:
         words_2 = jnp.zeros(2, jnp.uint32) if extras.words_2 is None else extras.words_2

@@ -100,6 +100,13 @@ class Plan(NamedTuple):
         other = self.window is not None or self.segments or self.ragged or self.shifted
         return self.causal and self.n == self.m and not other
 
+    def held(self, itemsize: int) -> int:
+        """Bytes that the backward pass keeps in VMEM: queries, gradients of the output and its own.
+
+        As many for each query, however long the row; `itemsize` is that of an element.
+        """
+        return self.padded[0] * (2 * self.packed * self.group * itemsize + 4 * self.width)
+
     @property
     def factor(self) -> float:
         """On queries: it makes scores exponents of 2, or arguments of the soft cap."""

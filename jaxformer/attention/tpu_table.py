@@ -23,6 +23,9 @@ class Tiles(NamedTuple):
 VMEM = 100 * 2**20
 """Bytes of a core's memory that a kernel may use."""
 
+LONGEST = 40 * 2**20
+"""Bytes of VMEM for the queries of a head and their gradients: the smallest core has 64 MiB."""
+
 HELD = 2**14
 """Queries of the heads of a block together, where there are several; the backward pass keeps them.
 """

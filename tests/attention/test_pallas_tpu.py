@@ -2,6 +2,7 @@
 they leave out of packed rows.
 """
 
+import functools
 import importlib
 
 import jax
@@ -86,7 +87,23 @@ def test_it_is_chosen_on_a_tpu_only_and_for_long_rows(monkeypatch):
     assert module._order(2048, 2048) == ("blockwise", "dense", "reference")
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert module._order(2048, 2048)[0] == "pallas_tpu"
-    assert module._order(30, 30) == ("dense", "reference")
+    assert module._order(256, 256)[0] == "pallas_tpu"
+    assert module._order(255, 256) == ("dense", "reference")
+
+
+@pytest.mark.parametrize(
+    ("K", "dtype", "longest"), [(128, "bfloat16", 40960), (64, "float32", 16384)]
+)
+def test_rows_that_do_not_fit_in_vmem_are_refused_with_the_reason(K, dtype, longest):
+    def shape(length):
+        x = jax.ShapeDtypeStruct((1, length, 2, K), dtype)
+        return jax.eval_shape(
+            functools.partial(attention, mask=Mask(), implementation="pallas_tpu"), x, x, x
+        ).shape
+
+    assert shape(longest) == (1, longest, 2, K)
+    with pytest.raises(NotImplementedError, match="keeps the queries of a head in VMEM"):
+        shape(longest + 4096)
 
 
 def test_a_row_of_zeros_comes_from_segments_without_keys():
