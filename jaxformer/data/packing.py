@@ -21,7 +21,7 @@ from functools import cached_property
 
 import numpy as np
 
-HAND = 32  # drawn pairs that a row is filled from
+HAND = 32  # drawn pairs that a row is filled from, or 1.5 times what a long row takes
 RESERVE = 2.5  # average pairs for which space is kept until the gap is closed
 SLACK = 3  # positions that a closed row may leave empty on a side
 DRAW_CHUNK = 1 << 18  # pairs whose lengths are Python integers at the same time
@@ -125,6 +125,8 @@ def _fill_rows(
     source_left, target_left = (int(lengths.sum()) for lengths in np.divmod(cells, stride))
     reserve_source = RESERVE * source_left / max(len(cells), 1)
     reserve_target = RESERVE * target_left / max(len(cells), 1)
+    average = min(S * len(cells) / max(source_left, 1), T * len(cells) / max(target_left, 1))
+    hand_size = max(HAND, round(1.5 * average))
     gaps = itertools.product(range(SLACK + 1), repeat=2)
     slack = [s * stride + t for s, t in sorted(gaps, key=lambda gap: gap[0] / S + gap[1] / T)]
     pool = _Pool(cells)
@@ -132,7 +134,7 @@ def _fill_rows(
     hand: list[int] = []
     placed, starts = array("q"), array("q", [0])
     while True:
-        hand.extend(itertools.islice(draws, HAND - len(hand)))
+        hand.extend(itertools.islice(draws, hand_size - len(hand)))
         if not hand:
             return np.array(placed, np.int64), np.array(starts, np.int64)
         row = [hand.pop(0)]  # the oldest: nothing waits for ever

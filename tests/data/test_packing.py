@@ -58,7 +58,7 @@ def test_the_same_key_gives_the_same_rows_and_another_key_others():
     assert not np.array_equal(one.order, other.order)
 
 
-@pytest.mark.parametrize("target_length", [128, 256])
+@pytest.mark.parametrize("target_length", [128, 256, 2048])
 def test_little_padding_on_both_sides(target_length):
     lengths_N2 = corpus(30_000)
     packing = pack(lengths_N2, (source_capacity(lengths_N2, target_length), target_length))
