@@ -238,17 +238,24 @@ def _convolution_flops(i: Instruction, shapes: Sequence[tuple[int, ...]]) -> flo
     return 2.0 * pairs
 
 
+PRODUCTS = {"forward": 2, "queries": 3, "keys": 4, "backward": 5}
+"""Of a T x S picture, by the last part of the name of a kernel."""
+
+
 def _kernel_flops(i: Instruction, shapes: Sequence[tuple[int, ...]]) -> float:
     """Flash attention over its full picture (what a mask skips counts); products by libraries."""
-    if "flash_attention" in i.rest or "flash_attention" in i.name:
-        products = 5 if "backward" in i.rest.split("op_name")[-1] else 2
-        flat = [s for s in shapes if len(s) == 3]
-        if len(flat) > 2:  # ours for TPU: operands in the order of their names, first k, last q, v
+    kernel = re.search(r"flash_attention_?(\w*)", i.rest) or re.search("flash_attention()", i.name)
+    if kernel:
+        products = PRODUCTS.get(kernel[1], 2)
+        if "mosaic_gpu" in i.rest:
+            (B, T, H, K), (_, S, _, _) = shapes[:2]
+            return 2.0 * products * B * H * T * S * K
+        flat = [shape for shape in shapes if len(shape) == 3]
+        if len(flat) > 2:  # ours for TPU: operands in the order of their names, k to q and v
             (_, S, _), (B, T, D) = flat[0], flat[-2]
             return 2.0 * products * B * T * S * D
-        arrays = [s for s in shapes if len(s) == 4]
-        (B, H, T, K), S = arrays[0], arrays[1][2]
-        return 2.0 * max(products, 5 if len(arrays) > 4 else 2) * B * H * T * S * K
+        (B, H, T, K), (_, _, S, _) = [shape for shape in shapes if len(shape) == 4][:2]
+        return 2.0 * products * B * H * T * S * K  # that of JAX, heads first
     if re.search(r'custom_call_target="[^"]*(?:gemm|matmul|dot)', i.rest) and len(shapes) > 1:
         depth = set(shapes[0]) & set(shapes[1])
         return 2.0 * math.prod(shape_of(i.result)) * max(depth, default=1)

@@ -158,5 +158,23 @@ def test_products_of_our_tpu_kernel_are_counted():
     ((operation, counts, times),) = hlo.operations(KERNEL)
     assert (operation.opcode, times) == ("custom-call", 1)
     assert counts.flops == 2 * 2 * 2 * 512 * 1024 * 256
-    backward = KERNEL.replace('tpu_custom_call"', 'tpu_custom_call", op_name="backward"')
+    backward = KERNEL.replace(
+        "tpu_custom_call", 'tpu_custom_call", op_name="flash_attention_backward'
+    )
     assert hlo.count(backward).flops == 2.5 * counts.flops
+
+
+@pytest.mark.parametrize(("part", "products"), [("forward", 2), ("queries", 3), ("keys", 4)])
+def test_products_of_our_gpu_kernels_are_counted(part, products):
+    text = f"""\
+HloModule kernel
+
+ENTRY %main (q: bf16[2,512,4,64], k: bf16[2,1024,2,64]) -> bf16[2,512,4,64] {{
+  %q = bf16[2,512,4,64]{{3,2,1,0}} parameter(0)
+  %k = bf16[2,1024,2,64]{{3,2,1,0}} parameter(1)
+  %lse = f32[2,4,512]{{2,1,0}} parameter(2)
+  ROOT %mpmd_map.1 = bf16[2,512,4,64]{{3,2,1,0}} custom-call(%q, %k, %k, %q, %lse, %lse), \
+custom_call_target="mosaic_gpu_v2", metadata={{op_name="jit(f)/flash_attention_{part}/mpmd_map"}}
+}}
+"""
+    assert hlo.count(text).flops == products * 2 * 2 * 4 * 512 * 1024 * 64
