@@ -43,7 +43,7 @@ MASKS = ("causal", "full")
 TOKENS = 16384
 SOURCES = {
     "ours": ("*tpu*.py", "platform.py", "sharded.py", "extras.py"),
-    "dense": ("dense.py", "lax_blocks.py", "extras.py"),
+    "dense": ("dense.py", "reference.py", "extras.py"),
 }
 FORM = 1
 """Of the records; a new number makes all of them old."""
