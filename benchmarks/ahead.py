@@ -48,7 +48,11 @@ class Case:
     G: int = 4
     """Heads of keys and values."""
     options: tuple[str, ...] = ()
-    """Of our kernel: segments, window, alibi, soft_cap, dropout."""
+    """Of our kernel: segments, alibi, soft_cap, dropout."""
+    window: int | None = None
+    """Keys on each side that a query of our kernel sees."""
+    tiles: tuple[int, ...] = ()
+    """Of our kernel for TPU, in the pass that comes last; none: those of the table."""
     blocks: tuple[int, int] = (1024, 512)
     """The library's, queries and keys alike, forward and backward; shorter rows take less."""
     profile: bool = True
@@ -127,7 +131,7 @@ def measure(case: Case, limit: float = 300.0) -> Result:
 def main() -> None:
     """Reads a case from stdin, writes one line of JSON."""
     job = json.load(sys.stdin)
-    case = Case(**job | {name: tuple(job[name]) for name in ("options", "blocks")})
+    case = Case(**job | {name: tuple(job[name]) for name in ("options", "tiles", "blocks")})
     try:
         result = _compile(case)
     except (UserError, NotImplementedError) as refusal:
@@ -210,7 +214,7 @@ def function(case: Case) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from jaxformer.attention import Mask, attention
+    from jaxformer.attention import Mask, attention, tpu_table
 
     if case.kernel == "xla":
         return lambda q, k, v, _: jax.nn.dot_product_attention(
@@ -235,6 +239,11 @@ def function(case: Case) -> Any:
 
         return heads_first
     own = "pallas_gpu" if case.chip == "h100" else "pallas_tpu"
+    if case.tiles:
+        forward, backward = tpu_table.tiles("", segments=False, bias=False)
+        chosen = tpu_table.Tiles(*case.tiles)
+        pair = (forward, chosen) if case.backward else (chosen, backward)
+        tpu_table.tiles = lambda *_, **__: pair  # this process compiles nothing else
 
     def ours(q, k, v, extras):
         dropout = None
@@ -243,7 +252,7 @@ def function(case: Case) -> Any:
         segments = extras.get("segments")
         return attention(
             q, k, v,
-            Mask(segments, segments, case.causal, 300 if "window" in case.options else None),
+            Mask(segments, segments, case.causal, case.window),
             alibi=extras.get("slopes"),
             soft_cap=30.0 if "soft_cap" in case.options else None,
             dropout=dropout,

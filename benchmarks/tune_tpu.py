@@ -1,10 +1,10 @@
 """Finds sizes for `jaxformer.attention.tpu_table` without a TPU: estimates, not measurements.
 
-    python benchmarks/tune_tpu.py --generations v5e v6e --pass backward
+    python -m benchmarks.tune_tpu --generations v5e v6e --pass backward
+    python -m benchmarks.tune_tpu --sentence 30        # packed rows
 
-libtpu (extra `aot-tpu`) compiles the kernels for each generation and profiles them statically. A
-case runs in a process of its own, since libtpu aborts on what it cannot compile. That of JAX 0.10.2
-(0.0.42) aborts in the profile for tpu7x; that of JAX 0.12 (0.0.50) does not.
+The compiler of libtpu (extra `aot-tpu`) tells the cycles of the kernel for each choice of tiles.
+That of JAX 0.10.2 (0.0.42) cannot tell them for tpu7x; that of JAX 0.12 (0.0.50) can.
 """
 
 from __future__ import annotations
@@ -12,138 +12,66 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
-from typing import Any
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+from benchmarks.ahead import TPUS, Case, Result, measure
+from jaxformer.attention.tpu_table import Tiles
+
 SECONDS = 300
-SHAPE = {"batch": 1, "heads": 4, "length": 2048, "size": 128, "sentence": 0}
-"""With sentences the row is packed, as a window pictures it: the profile cannot know segments."""
+SHAPE = {"B": 1, "H": 4, "S": 2048, "D": 128}
 
 
-def candidates(which: str, packed: bool) -> list[tuple[int, ...]]:
-    """Tiles, as the fields of `tpu_table.Tiles`."""
+def candidates(which: str, packed: bool) -> list[Tiles]:
+    """Tiles worth compiling."""
     if packed:
         blocks = (1024, 2048) if which == "forward" else (2048, 1024)
-        return [(128, m, *blocks, 128, m, heads) for m in (128, 64) for heads in (1, 4, 8)]
+        return [Tiles(128, m, *blocks, 128, m, heads) for m in (128, 64) for heads in (1, 4, 8)]
     pieces = [(128, 128), (128, 256), (256, 128), (256, 256)]
     tiles = [(1024, 1024), (512, 512)]
     held = {"forward": lambda n, m: (n, 4096), "backward": lambda n, m: (4096, m)}[which]
-    return [(n, m, *held(n, m), *piece) for (n, m), piece in itertools.product(tiles, pieces)]
+    return [Tiles(n, m, *held(n, m), *piece) for (n, m), piece in itertools.product(tiles, pieces)]
 
 
-def measure(generation: str, which: str, sizes: list[int], shape: dict[str, int]) -> dict[str, int]:
-    """Estimated cycles of each op of a program; empty where it does not compile in time."""
-    case = json.dumps([generation, which, sizes, shape])
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={folder} "
-            "--xla_msa_enable=false",
-        }
-        command = [sys.executable, __file__, "--case", case]
-        try:
-            subprocess.run(
-                command, env=environment, timeout=SECONDS, capture_output=True, check=True
-            )
-        except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as failure:
-            last = (failure.stderr or b"").decode(errors="replace").strip().splitlines()[-1:]
-            print(generation, sizes, type(failure).__name__, *last, file=sys.stderr)
-            return {}
-        cycles = {}
-        for path in Path(folder).glob("*static_llo_profile.textproto"):
-            found = re.search(r"estimated_cycles: (\d+)", path.read_text())
-            cycles[path.name] = int(found[1]) if found else 0
-        return cycles
-
-
-def compile_case(generation: str, which: str, sizes: list[int], shape: dict[str, int]) -> None:
-    """Compiles a causal call in bfloat16; libtpu leaves its profile.
-
-    Heads stand side by side, as a projection leaves them: apart in memory, XLA would copy them.
-    """
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jax.experimental import topologies
-
-    from jaxformer.attention import Mask, attention, tpu_table
-
-    if sizes:
-        tiles = tpu_table.Tiles(*sizes)
-        given = tpu_table.tiles
-
-        def chosen(*arguments, **options):
-            forward, backward = given(*arguments, **options)
-            return (tiles, backward) if which == "forward" else (forward, tiles)
-
-        tpu_table.tiles = chosen
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation])
-    explicit = (jax.sharding.AxisType.Explicit,)
-    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("data",), axis_types=explicit)
-    x = jax.ShapeDtypeStruct(
-        (shape["batch"], shape["length"], shape["heads"] * shape["size"]),
-        jnp.bfloat16,
-        sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
+def kernel_cycles(result: Result, which: str) -> float:
+    """Those of the kernel that is tuned, without the other pass and what stands around it."""
+    return sum(
+        cycles
+        for name, cycles, *_ in result.operations
+        if "flash" in name and ("backward" in name) == (which == "backward")
     )
-
-    def call(*qkv):
-        heads = (shape["batch"], shape["length"], shape["heads"], shape["size"])
-        q, k, v = (a.reshape(heads) for a in qkv)
-        mask = Mask(causal=not shape["sentence"], window=shape["sentence"] // 2 or None)
-        return attention(q, k, v, mask, implementation="pallas_tpu").reshape(x.shape)
-
-    def both(gradient, *primals):
-        out, pull = jax.vjp(call, *primals)
-        return out, *pull(gradient)
-
-    with jax.set_mesh(mesh):
-        if which == "forward":
-            jax.jit(call).lower(x, x, x).compile()
-        else:
-            jax.jit(both).lower(x, x, x, x).compile()
-
-
-def kernel_cycles(cycles: dict[str, int], which: str) -> int | None:
-    """Those of the kernel itself."""
-    found = [
-        count
-        for name, count in cycles.items()
-        if "flash_attention" in name and ("backward" in name) == (which == "backward")
-    ]
-    return sum(found) or None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--generations", nargs="+", choices=TOPOLOGIES, default=[*TOPOLOGIES])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--generations", nargs="+", choices=TPUS, default=TPUS)
     parser.add_argument("--pass", dest="which", choices=("forward", "backward"), default="forward")
     for name, value in SHAPE.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--sizes", type=json.loads, action="append", help="only these, [n, m, ...]")
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
-    options: Any = parser.parse_args()
-    if options.case:
-        return compile_case(*options.case)
+    parser.add_argument(
+        "--sentence", type=int, default=0, help="tokens: packed rows, pictured by a window"
+    )
+    parser.add_argument("--tiles", type=json.loads, action="append", help="only these, [n, m, ...]")
+    options = parser.parse_args()
     shape = {name: getattr(options, name) for name in SHAPE}
-    for generation in options.generations:
-        results = []
-        for sizes in options.sizes or candidates(options.which, options.sentence > 0):
-            cycles = measure(generation, options.which, list(sizes), shape)
-            kernel = kernel_cycles(cycles, options.which)
-            print(generation, options.which, sizes, kernel, sum(cycles.values()), flush=True)
-            if kernel:
-                results.append((kernel, sizes))
-        if results:
-            print(f"{generation}: best {min(results)[1]}, {min(results)[0]:,} cycles (estimate)")
+    # The compiler cannot know segments: it would count every tile.
+    packed = {"causal": False, "window": options.sentence // 2} if options.sentence else {}
+    backward = options.which == "backward"
+    for chip in options.generations:
+        found: list[tuple[float, Tiles]] = []
+        for tiles in options.tiles or candidates(options.which, bool(packed)):
+            case = Case(
+                chip, "ours", **shape, **packed, G=options.H, backward=backward, tiles=tuple(tiles)
+            )
+            result = measure(case, SECONDS)
+            if result.refused:
+                print(chip, tiles, result.refused, file=sys.stderr)
+                continue
+            found.append((kernel_cycles(result, options.which), Tiles(*tiles)))
+            print(f"{chip} {options.which} {found[-1][1]}: {found[-1][0]:,.0f}", flush=True)
+        if found:
+            print(f"{chip}: best {min(found)[1]}, {min(found)[0]:,.0f} cycles (estimate)")
 
 
 if __name__ == "__main__":

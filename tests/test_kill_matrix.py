@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import kill_matrix
+from benchmarks import kill_job, kill_matrix
 
 pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.long]
 
@@ -13,7 +13,7 @@ SHORT += ["bit flipped in the newest checkpoint", "one process of two lost"]
 @pytest.mark.timeout(600)
 def test_disturbed_runs_end_bit_for_bit_like_undisturbed_ones(tmp_path, monkeypatch):
     kinds = {name: kill_matrix.KINDS[name] for name in SHORT}
-    if not kill_matrix.may_mount():
+    if not kill_job.may_mount():
         kinds.pop("disk full")
     monkeypatch.setattr(kill_matrix, "KINDS", kinds)
     results = list(kill_matrix.matrix(tmp_path, 10, 2, seed=7))

@@ -12,58 +12,74 @@ from jaxformer.attention.dropout import keep_at
 from jaxformer.attention.extras import NOTHING, Extras
 from jaxformer.attention.mask import Mask
 
-BLOCK_Q, BLOCK_K = 256, 512
-"""Positions of a block: the fastest of nine pairs at S 1,024 and 2,048 on a CPU of 2 cores."""
+BLOCK_Q, BLOCK_K = 512, 512
+"""Most positions of a block: products of smaller ones reach less of a CPU's peak."""
+
+HEADS = 2
+"""Heads of keys and values in a block: more would not fit the caches of a core."""
 
 
 class Row(NamedTuple):
-    """One row of a batch, cut: queries [I, G, R, n, K], keys and values [J, G, m, K].
+    """P heads of keys and values in one row of a batch, and the R heads of queries of each, cut.
 
     Queries are scaled already; segments are None where the mask has none.
     """
 
     b: Array
-    q_IGRnK: Array
-    k_JGmK: Array
-    v_JGmK: Array
+    g: Array  # the first of the heads of keys and values
+    q_IPRnK: Array
+    k_JPmK: Array
+    v_JPmK: Array
     q_segments_In: Array | None
     kv_segments_Jm: Array | None
     kv_length: Array  # S before padding
 
 
 def cut(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask: Mask) -> Row:
-    """All rows of a batch, cut into blocks; every leaf has the batch in front."""
+    """All rows of a batch, cut into blocks; every leaf has [B G / P] in front."""
     (B, T), (S, G) = q_BTHK.shape[:2], k_BSGK.shape[1:3]
-    n, m = min(BLOCK_Q, T), min(BLOCK_K, S)
+    P = _heads(G)
+    n, m = _size(T, BLOCK_Q), _size(S, BLOCK_K)
     scaled = q_BTHK * jnp.asarray(q_BTHK.shape[-1] ** -0.5, q_BTHK.dtype)
-    keys, values = (
-        jnp.moveaxis(_padded(x, m).reshape(B, -1, m, G, x.shape[-1]), 3, 2)
-        for x in (k_BSGK, v_BSGK)
+    keys, values = (cut_heads(x, G, m).squeeze(3) for x in (k_BSGK, v_BSGK))
+    q_segments, kv_segments = (
+        None if x is None else jnp.repeat(_padded(x, size).reshape(B, -1, size), G // P, 0)
+        for x, size in ((mask.q_segments_BT, n), (mask.kv_segments_BS, m))
     )
-    q_segments, kv_segments = mask.q_segments_BT, mask.kv_segments_BS
-    return Row(
-        jnp.arange(B),
-        query_blocks(scaled, G),
-        keys,
-        values,
-        None if q_segments is None else _padded(q_segments, n).reshape(B, -1, n),
-        None if kv_segments is None else _padded(kv_segments, m).reshape(B, -1, m),
-        jnp.full(B, S),
-    )
+    b, g = jnp.repeat(jnp.arange(B), G // P), jnp.tile(jnp.arange(0, G, P), B)
+    length = jnp.full(B * G // P, S)
+    return Row(b, g, query_blocks(scaled, G), keys, values, q_segments, kv_segments, length)
 
 
 def query_blocks(x_BTHK: Array, G: int) -> Array:
-    """[B, I, G, R, n, K]."""
-    B, T, H, K = x_BTHK.shape
-    n = min(BLOCK_Q, T)
-    x_BInGRK = _padded(x_BTHK, n).reshape(B, -1, n, G, H // G, K)
-    return jnp.transpose(x_BInGRK, (0, 1, 3, 4, 2, 5))
+    """[B G / P, I, P, R, n, K]."""
+    return cut_heads(x_BTHK, G, _size(x_BTHK.shape[1], BLOCK_Q))
 
 
-def joined(x_BIGRnK: Array, T: int) -> Array:
+def cut_heads(x_BTHK: Array, G: int, n: int) -> Array:
+    """Blocks of n positions of some heads at a time: [B G / P, I, P, H / G, n, K]."""
+    B, _, H, K = x_BTHK.shape
+    P = _heads(G)
+    x_BInGPRK = _padded(x_BTHK, n).reshape(B, -1, n, G // P, P, H // G, K)
+    x_BGIPRnK = jnp.transpose(x_BInGPRK, (0, 3, 1, 4, 5, 2, 6))
+    return x_BGIPRnK.reshape(B * G // P, *x_BGIPRnK.shape[2:])
+
+
+def joined(x_NIPRnK: Array, B: int, T: int) -> Array:
     """[B, T, H, K], out of blocks."""
-    B, I, G, R, n, K = x_BIGRnK.shape
-    return jnp.transpose(x_BIGRnK, (0, 1, 4, 2, 3, 5)).reshape(B, I * n, G * R, K)[:, :T]
+    N, I, P, R, n, K = x_NIPRnK.shape
+    x_BGIPRnK = x_NIPRnK.reshape(B, N // B, I, P, R, n, K)
+    return jnp.transpose(x_BGIPRnK, (0, 2, 5, 1, 3, 4, 6)).reshape(B, I * n, -1, K)[:, :T]
+
+
+def _heads(G: int) -> int:
+    return HEADS if G % HEADS == 0 else 1
+
+
+def _size(length: int, most: int) -> int:
+    """Of blocks that are alike, so that the last is not mostly padding."""
+    each = -(-length // -(-length // most))
+    return min(-(-each // 16) * 16, most, length)
 
 
 def _padded(x: Array, block: int) -> Array:
@@ -74,8 +90,8 @@ def _padded(x: Array, block: int) -> Array:
 
 def spans(row: Row, mask: Mask, extras: Extras) -> tuple[Array, Array]:
     """For each block of queries the first block of keys it may see, and the one after the last."""
-    I, J = row.q_IGRnK.shape[0], row.k_JGmK.shape[0]
-    n, m = row.q_IGRnK.shape[-2], row.k_JGmK.shape[-2]
+    I, J = row.q_IPRnK.shape[0], row.k_JPmK.shape[0]
+    n, m = row.q_IPRnK.shape[-2], row.k_JPmK.shape[-2]
     seen_IJ = jnp.ones((I, J), bool)
     if row.q_segments_In is not None and row.kv_segments_Jm is not None:
         q_In, kv_Jm = row.q_segments_In, row.kv_segments_Jm
@@ -100,26 +116,26 @@ def product(formula: str, a: Array, b: Array) -> Array:
 
 
 def scores(
-    q_GRnK: Array, row: Row, i: Array, j: Array, mask: Mask, extras: Extras, bias_GRnS: Array | None
+    q_PRnK: Array, row: Row, i: Array, j: Array, mask: Mask, extras: Extras, bias_PRnS: Array | None
 ) -> tuple[Array, Array | None]:
     """Scores of one block of queries for one of keys; NOTHING where the mask forbids.
 
     Also the slope of the soft cap there, None without one.
     """
-    scores_GRnm = product("grnk,gmk->grnm", q_GRnK, row.k_JGmK[j])
-    G, R, n, m = scores_GRnm.shape
-    slope_GRnm = None
+    scores_PRnm = product("prnk,pmk->prnm", q_PRnK, row.k_JPmK[j])
+    P, R, n, m = scores_PRnm.shape
+    slope_PRnm = None
     if extras.soft_cap is not None:
-        part_GRnm = jnp.tanh(scores_GRnm / extras.soft_cap)
-        scores_GRnm, slope_GRnm = extras.soft_cap * part_GRnm, 1 - jnp.square(part_GRnm)
-    if bias_GRnS is not None:
-        scores_GRnm += jax.lax.dynamic_slice_in_dim(bias_GRnS, j * m, m, 3)
+        part_PRnm = jnp.tanh(scores_PRnm / extras.soft_cap)
+        scores_PRnm, slope_PRnm = extras.soft_cap * part_PRnm, 1 - jnp.square(part_PRnm)
+    if bias_PRnS is not None:
+        scores_PRnm += jax.lax.dynamic_slice_in_dim(bias_PRnS, j * m, m, 3)
     query_n1, key_1m = _places(i, j, n, m)
     _, _, first_query, first_key = extras.first
     distance_nm = (first_query + query_n1) - (first_key + key_1m)
     if extras.slopes_H is not None:
-        slopes_GR11 = extras.slopes_H.reshape(G, R, 1, 1)
-        scores_GRnm -= slopes_GR11 * abs(distance_nm).astype(jnp.float32)[None, None]
+        slopes_PR = jax.lax.dynamic_slice_in_dim(extras.slopes_H.reshape(-1, R), row.g, P)
+        scores_PRnm -= slopes_PR[..., None, None] * abs(distance_nm).astype(jnp.float32)[None, None]
     allowed_nm = key_1m < row.kv_length
     if row.q_segments_In is not None and row.kv_segments_Jm is not None:
         q_segments_n1 = row.q_segments_In[i][:, None]
@@ -128,33 +144,39 @@ def scores(
         allowed_nm &= distance_nm >= 0
     if mask.window is not None:
         allowed_nm &= abs(distance_nm) < mask.window
-    return jnp.where(allowed_nm, scores_GRnm, NOTHING), slope_GRnm
+    return jnp.where(allowed_nm, scores_PRnm, NOTHING), slope_PRnm
 
 
 def added_bias(bias_BHTS: Array | None, row: Row, i: Array) -> Array | None:
-    """The bias of one block of queries, [G, R, n, J m]; None without one."""
+    """The bias of one block of queries, [P, R, n, J m]; None without one."""
     if bias_BHTS is None:
         return None
-    (_, G, R, n, _), (J, _, m, _) = row.q_IGRnK.shape, row.k_JGmK.shape
+    (_, P, R, n, _), (J, _, m, _) = row.q_IPRnK.shape, row.k_JPmK.shape
     (rows, _, T, S) = bias_BHTS.shape
     queries_n = jnp.minimum(i * n + jnp.arange(n), T - 1)
-    bias_nHS = bias_BHTS[row.b % rows, :, queries_n].astype(jnp.float32)
-    bias_nHS = jnp.pad(bias_nHS, ((0, 0), (0, 0), (0, J * m - S)))
-    return bias_nHS.swapaxes(0, 1).reshape(G, R, n, J * m)
+    bias_HnS = bias_BHTS[row.b % rows, heads_of(row)[:, None], queries_n].astype(jnp.float32)
+    bias_HnS = jnp.pad(bias_HnS, ((0, 0), (0, 0), (0, J * m - S)))
+    return bias_HnS.reshape(P, R, n, J * m)
 
 
-def dropped(x_GRnm: Array, row: Row, i: Array, j: Array, extras: Extras) -> Array:
+def heads_of(row: Row) -> Array:
+    """The heads of queries in a row, [P R]."""
+    _, P, R, _, _ = row.q_IPRnK.shape
+    return row.g * R + jnp.arange(P * R)
+
+
+def dropped(x_PRnm: Array, row: Row, i: Array, j: Array, extras: Extras) -> Array:
     """Dropout with the bits that the whole picture [B, H, T, S] would have in this block."""
     if extras.words_2 is None:
-        return x_GRnm
-    G, R, n, m = x_GRnm.shape
+        return x_PRnm
     first_row, first_head, first_query, first_key = extras.first
-    outer_H = (first_row + row.b) * extras.heads + first_head + jnp.arange(G * R)
+    outer_H = (first_row + row.b) * extras.heads + first_head + heads_of(row)
+    n, m = x_PRnm.shape[2:]
     query_n1, key_1m = _places(i, j, n, m)
     inner_nm = (first_query + query_n1) * extras.keys + (first_key + key_1m)
     words = (extras.words_2[0], extras.words_2[1])
     kept_Hnm = keep_at(words, extras.rate, outer_H[:, None, None], inner_nm[None])
-    return jnp.where(kept_Hnm.reshape(G, R, n, m), x_GRnm / (1 - extras.rate), 0.0)
+    return jnp.where(kept_Hnm.reshape(x_PRnm.shape), x_PRnm / (1 - extras.rate), 0.0)
 
 
 def _places(i: Array, j: Array, n: int, m: int) -> tuple[Array, Array]:

@@ -16,7 +16,7 @@ from jaxformer.plan import target
 
 LIMIT = 600
 """Seconds that the compiler may take; it needs 20 on a quiet machine."""
-ALL = ("alibi", "dropout", "segments", "soft_cap", "window")
+ALL = ("alibi", "dropout", "segments", "soft_cap")
 
 
 def compiled(chip: str, **options) -> ahead.Result:
@@ -45,7 +45,7 @@ def test_forward_and_backward_compile_for_tpus_without_a_picture(chip):
 
 
 def test_all_options_at_once_compile_for_a_tpu():
-    check_tpu(compiled("v5e", G=2, options=ALL))
+    check_tpu(compiled("v5e", G=2, options=ALL, window=300))
 
 
 @pytest.mark.long
@@ -62,7 +62,7 @@ def test_other_head_sizes_and_odd_lengths_compile(D):
         pytest.param("", {"D": 64}, 0, marks=pytest.mark.long),
         pytest.param("dropout segments", {"G": 2}, 0, marks=pytest.mark.long),
         # Dropout, segments and a window at once are more than the registers hold: 24 bytes.
-        pytest.param("dropout segments window", {"G": 2}, 24, marks=pytest.mark.long),
+        pytest.param("dropout segments", {"G": 2, "window": 300}, 24, marks=pytest.mark.long),
     ],
 )
 def test_h100_kernels_spill_nothing_and_use_wgmma_and_tma(options, shape, spills):
