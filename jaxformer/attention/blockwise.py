@@ -171,9 +171,7 @@ def _backward(saved: _Saved, gradients):
         one_row, start, (rows, out_grads, inners, lse_NIPRn)
     )
     # From [B G / P, J, P, K, m].
-    k_grad, v_grad = (
-        joined(jnp.swapaxes(g, 3, 4)[:, :, :, None], B, S) for g in (k_grad, v_grad)
-    )
+    k_grad, v_grad = (joined(jnp.swapaxes(g, 3, 4)[:, :, :, None], B, S) for g in (k_grad, v_grad))
     if bias_BHTS is None or bias_grad_BHTS is None:
         bias_grad = None
     else:
