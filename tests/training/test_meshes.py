@@ -45,7 +45,7 @@ def mesh_of(sizes) -> Mesh:
 
 
 @functools.cache
-def compiled(sizes, config=CONFIG):
+def compiled(sizes, config):
     """The compiled step of a mesh, and the compiled function that makes a fresh state."""
     mesh, optimizer = mesh_of(sizes), make(config)
     with jax.set_mesh(mesh):
@@ -60,7 +60,7 @@ def compiled(sizes, config=CONFIG):
 def trained(sizes):
     """Losses per token of every step, and the state after the last."""
     mesh = mesh_of(sizes)
-    program, init = compiled(sizes)
+    program, init = compiled(sizes, CONFIG)
     losses = []
     with jax.set_mesh(mesh):
         state = init()
@@ -82,7 +82,7 @@ def test_fifty_steps_are_those_of_one_device(sizes):
 
 
 def test_a_trained_state_saved_as_fsdp_comes_back_on_any_mesh(tmp_path):
-    program, init = compiled((1, 8, 1, 1))
+    program, init = compiled((1, 8, 1, 1), CONFIG)
     mesh = mesh_of((1, 8, 1, 1))
     with contextlib.closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
         with jax.set_mesh(mesh):
@@ -113,7 +113,7 @@ def shards(name: str, mesh: dict[str, int]) -> int:
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_every_device_holds_its_share_of_the_state_and_the_batch(sizes):
     mesh = mesh_of(sizes)
-    program, init = compiled(sizes)
+    program, init = compiled(sizes, CONFIG)
     with jax.set_mesh(mesh):
         state = init()
     wanted = 0
@@ -146,7 +146,7 @@ def test_the_program_has_the_collectives_of_its_mesh_and_no_others(sizes, keys, 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 4, 1), (2, 2, 2, 1), (1, 2, 2, 2)], ids=str)
 def test_logits_and_tables_are_never_whole_where_the_vocabulary_is_split(sizes):
-    program, _ = compiled(sizes)
+    program, _ = compiled(sizes, CONFIG)
     computations, _ = hlo_text.parse(program.as_text())
     results = [i.result for body in computations.values() for i in body.values()]
     shapes = [re.findall(r"\d+", dimensions) for r in results for dimensions in ARRAY.findall(r)]
