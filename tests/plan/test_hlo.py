@@ -178,3 +178,17 @@ custom_call_target="mosaic_gpu_v2", metadata={{op_name="jit(f)/flash_attention_{
 }}
 """
     assert hlo.count(text).flops == products * 2 * 2 * 4 * 512 * 1024 * 64
+
+
+def test_products_of_the_kernel_of_jax_are_counted():
+    text = """\
+HloModule kernel
+
+ENTRY %main (q: bf16[2,4,512,64], k: bf16[2,4,1024,64]) -> bf16[2,4,512,64] {
+  %q = bf16[2,4,512,64]{3,2,1,0} parameter(0)
+  %k = bf16[2,4,1024,64]{3,2,1,0} parameter(1)
+  ROOT %flash_attention.1 = bf16[2,4,512,64]{3,2,1,0} custom-call(%q, %k, %k), \
+custom_call_target="tpu_custom_call"
+}
+"""
+    assert hlo.count(text).flops == 2 * 2 * 2 * 4 * 512 * 1024 * 64
