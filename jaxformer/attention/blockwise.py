@@ -51,7 +51,7 @@ class _Saved(NamedTuple):
     mask: Mask
     extras: Extras
     out_BTHK: Array
-    lse_NIPRn: Array
+    lse_CIPRn: Array
 
 
 @jax.custom_vjp
@@ -91,17 +91,17 @@ def _forward(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, mask, extras):
 
         return jax.lax.map(query_block, jnp.arange(row.q_IPRnK.shape[0]))
 
-    out_NIPRnK, lse_NIPRn = jax.lax.map(one_row, rows)
-    out_BTHK = joined(out_NIPRnK, B, T)
-    lse_BHT = joined(lse_NIPRn[..., None], B, T)[..., 0].swapaxes(1, 2)
+    out_CIPRnK, lse_CIPRn = jax.lax.map(one_row, rows)
+    out_BTHK = joined(out_CIPRnK, B, T)
+    lse_BHT = joined(lse_CIPRn[..., None], B, T)[..., 0].swapaxes(1, 2)
     # Saved is the half: there NOTHING less NOTHING would be a weight of 1.
-    saved = _Saved(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, mask, extras, out_BTHK, lse_NIPRn)
+    saved = _Saved(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, mask, extras, out_BTHK, lse_CIPRn)
     return (out_BTHK, jnp.where(lse_BHT > NOTHING / 4, lse_BHT, NOTHING)), saved
 
 
 def _backward(saved: _Saved, gradients):
     out_grad_BTHK, lse_grad_BHT = gradients
-    q_BTHK, k_BSGK, v_BSGK, bias_BHTS, mask, extras, out_BTHK, lse_NIPRn = saved
+    q_BTHK, k_BSGK, v_BSGK, bias_BHTS, mask, extras, out_BTHK, lse_CIPRn = saved
     (B, T, _, K), (S, G), dtype = q_BTHK.shape, k_BSGK.shape[1:3], v_BSGK.dtype
     # The inner product of each weight's gradient with the weights, without either of them; and the
     # gradient of log-sum-exp for a score is that score's weight.
@@ -168,9 +168,9 @@ def _backward(saved: _Saved, gradients):
 
     start = None if bias_BHTS is None else jnp.zeros(bias_BHTS.shape, jnp.float32)
     bias_grad_BHTS, (q_grad, k_grad, v_grad) = jax.lax.scan(
-        one_row, start, (rows, out_grads, inners, lse_NIPRn)
+        one_row, start, (rows, out_grads, inners, lse_CIPRn)
     )
-    # From [B G / P, J, P, K, m].
+    # From [C, J, P, K, m].
     k_grad, v_grad = (joined(jnp.swapaxes(g, 3, 4)[:, :, :, None], B, S) for g in (k_grad, v_grad))
     if bias_BHTS is None or bias_grad_BHTS is None:
         bias_grad = None

@@ -16,7 +16,7 @@ BLOCK_Q, BLOCK_K = 512, 512
 """Most positions of a block: products of smaller ones reach less of a CPU's peak."""
 
 HEADS = 2
-"""Heads of keys and values in a block: more would not fit the caches of a core."""
+"""Heads of queries in a block: more would not fit the caches of a core."""
 
 
 class Row(NamedTuple):
@@ -36,12 +36,12 @@ class Row(NamedTuple):
 
 
 def cut(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask: Mask) -> Row:
-    """All rows of a batch, cut into blocks; every leaf has [B G / P] in front."""
+    """All rows of a batch, cut into blocks; every leaf has C = B G / P in front."""
     (B, T), (S, G) = q_BTHK.shape[:2], k_BSGK.shape[1:3]
-    P = _heads(G)
+    P = _heads(q_BTHK.shape[2], G)
     n, m = _size(T, BLOCK_Q), _size(S, BLOCK_K)
     scaled = q_BTHK * jnp.asarray(q_BTHK.shape[-1] ** -0.5, q_BTHK.dtype)
-    keys, values = (cut_heads(x, G, m).squeeze(3) for x in (k_BSGK, v_BSGK))
+    keys, values = (_cut_heads(x, G, P, m).squeeze(3) for x in (k_BSGK, v_BSGK))
     q_segments, kv_segments = (
         None if x is None else jnp.repeat(_padded(x, size).reshape(B, -1, size), G // P, 0)
         for x, size in ((mask.q_segments_BT, n), (mask.kv_segments_BS, m))
@@ -52,28 +52,28 @@ def cut(q_BTHK: Array, k_BSGK: Array, v_BSGK: Array, mask: Mask) -> Row:
 
 
 def query_blocks(x_BTHK: Array, G: int) -> Array:
-    """[B G / P, I, P, R, n, K]."""
-    return cut_heads(x_BTHK, G, _size(x_BTHK.shape[1], BLOCK_Q))
+    """Blocks of queries, [C, I, P, R, n, K], with C = B G / P."""
+    _, T, H, _ = x_BTHK.shape
+    return _cut_heads(x_BTHK, G, _heads(H, G), _size(T, BLOCK_Q))
 
 
-def cut_heads(x_BTHK: Array, G: int, n: int) -> Array:
-    """Blocks of n positions of some heads at a time: [B G / P, I, P, H / G, n, K]."""
+def _cut_heads(x_BTHK: Array, G: int, P: int, n: int) -> Array:
     B, _, H, K = x_BTHK.shape
-    P = _heads(G)
     x_BInGPRK = _padded(x_BTHK, n).reshape(B, -1, n, G // P, P, H // G, K)
     x_BGIPRnK = jnp.transpose(x_BInGPRK, (0, 3, 1, 4, 5, 2, 6))
     return x_BGIPRnK.reshape(B * G // P, *x_BGIPRnK.shape[2:])
 
 
-def joined(x_NIPRnK: Array, B: int, T: int) -> Array:
+def joined(x_CIPRnK: Array, B: int, T: int) -> Array:
     """[B, T, H, K], out of blocks."""
-    N, I, P, R, n, K = x_NIPRnK.shape
-    x_BGIPRnK = x_NIPRnK.reshape(B, N // B, I, P, R, n, K)
+    C, I, P, R, n, K = x_CIPRnK.shape
+    x_BGIPRnK = x_CIPRnK.reshape(B, C // B, I, P, R, n, K)
     return jnp.transpose(x_BGIPRnK, (0, 2, 5, 1, 3, 4, 6)).reshape(B, I * n, -1, K)[:, :T]
 
 
-def _heads(G: int) -> int:
-    return HEADS if G % HEADS == 0 else 1
+def _heads(H: int, G: int) -> int:
+    """Heads of keys and values at a time; those of queries that share one stay together."""
+    return HEADS if H == G and G % HEADS == 0 else 1
 
 
 def _size(length: int, most: int) -> int:
