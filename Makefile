@@ -27,7 +27,7 @@ train: $(STAMP)
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR)
 
 test: $(STAMP)
-	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not long" $(TESTS)
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not long" $(TESTS)
 
 # Clusters, schedulers and kills on this machine, and the pages of the tour: one test at a time.
 test-long: $(DOCS_STAMP) $(TOUR)/report.html

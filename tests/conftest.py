@@ -15,12 +15,6 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-def pytest_collection_modifyitems(items):
-    """The longest first: steve, then groups that stay in one process; single tests fill the end."""
-    alone = {item: item.get_closest_marker("xdist_group") is None for item in items}
-    items.sort(key=lambda item: ("steve_builds" not in item.name, alone[item]))
-
-
 @pytest.fixture(scope="module")
 def browser():
     """Headless Chromium, where Playwright and a browser are installed."""
