@@ -31,7 +31,10 @@ def mesh(*sizes):
 
 def optimizer():
     """With counters, empty states, masks and accumulators in its state."""
-    matrices = lambda params: jax.tree.map(lambda w: w.ndim > 1, params)  # noqa: E731
+
+    def matrices(params):
+        return jax.tree.map(lambda w: w.ndim > 1, params)
+
     chain = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(optax.linear_schedule(0.1, 0.0, 9), weight_decay=0.1, mask=matrices),

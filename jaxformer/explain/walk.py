@@ -32,9 +32,10 @@ DIGITS = 5
 SPECIAL = {PAD: "<pad>", BOS: "<sos>", EOS: "<eos>"}
 
 Walk = dict[str, Any]
+NOTHING_TAKEN = Ablation()
 
 
-def walk(translator: Translator, sentence: str, ablation: Ablation = Ablation()) -> Walk:  # noqa: B008
+def walk(translator: Translator, sentence: str, ablation: Ablation = NOTHING_TAKEN) -> Walk:
     """Translates a sentence and tells how.
 
     Both runs of an ablation read the original's translation (teacher forcing), so that they can be
@@ -190,16 +191,17 @@ def side(record: Record) -> Walk:
     q_HTK, k_GSK, v_GSK, scores_HTS, allowed_TS and weights_HTS; every sub-layer has added_norm_T
     and stream_norm_T, the lengths of what it adds and of the stream after it.
     """
+
+    def layer_of(name: str, layer: int) -> Walk:
+        return sublayer(jax.tree.map(lambda x: x[layer, 0], record[name]))
+
     depth = len(record["feed_forward"]["stream_BTD"])
     names = [name for name in STACK_ORDER if name in record]
     return {
         "embedding_TD": numbers(record["embedding_BTD"][0]),
         "input_TD": numbers(record["input_BTD"][0]),
         "input_norm_T": numbers(np.linalg.norm(record["input_BTD"][0], axis=-1)),
-        "layers": [
-            {name: sublayer(jax.tree.map(lambda x: x[layer, 0], record[name])) for name in names}  # noqa: B023
-            for layer in range(depth)
-        ],
+        "layers": [{name: layer_of(name, layer) for name in names} for layer in range(depth)],
     }
 
 
