@@ -50,7 +50,7 @@ class Case:
     options: tuple[str, ...] = ()
     """Of our kernel: segments, alibi, soft_cap, dropout."""
     window: int | None = None
-    """Keys on each side that a query of our kernel sees."""
+    """Of our kernel: as that of `Mask`."""
     tiles: tuple[int, ...] = ()
     """Of our kernel for TPU, in the pass that comes last; none: those of the table."""
     blocks: tuple[int, int] = (1024, 512)
