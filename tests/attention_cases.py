@@ -225,12 +225,13 @@ def check(name: str, case: Case) -> None:
 def small_blocks(monkeypatch, n: int, m: int) -> None:
     """Makes `blockwise` and `pallas_tpu` cut queries by n and keys by m.
 
-    On a TPU blocks of two tiles, and tiles of two pieces if n < m, else blocks of four heads.
+    On a TPU blocks of two tiles, and if n < m tiles of two pieces that begin at any half of a tile,
+    else blocks of four heads.
     """
     monkeypatch.setattr(lax_blocks, "BLOCK_Q", n)
     monkeypatch.setattr(lax_blocks, "BLOCK_K", m)
-    piece_n, heads = (n // 2, 1) if n < m else (n, 4)
-    sizes = tpu_table.Tiles(n, m, 2 * n, 2 * m, piece_n, m, heads)
+    piece_n, heads, unit = (n // 2, 1, m // 2) if n < m else (n, 4, 0)
+    sizes = tpu_table.Tiles(n, m, 2 * n, 2 * m, piece_n, m, heads, unit)
     monkeypatch.setattr(tpu_table, "tiles", lambda *_, **__: (sizes, sizes))
 
 

@@ -30,10 +30,8 @@ from jaxformer.attention.tpu_blocks import (
     over,
     pad,
     plan_of,
-    segment_spans,
-    tiled,
+    segment_arrays,
     unflat,
-    whole_keys,
 )
 from jaxformer.attention.tpu_scores import (
     Refs,
@@ -41,7 +39,8 @@ from jaxformer.attention.tpu_scores import (
     ahead,
     column,
     dropped,
-    each_tile,
+    each,
+    each_keys,
     finished,
     head,
     kept,
@@ -126,7 +125,7 @@ _attend.defvjp(_forward, _backward, symbolic_zeros=True)
 def _run(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plan: Plan) -> tuple[Array, Array]:
     (B, T, H, _), P, W = q_BTHK.shape, plan.packed, plan.width
     (I, J), (Tp, Sp) = plan.blocks, plan.padded
-    N, M, X, Y = plan.n * plan.q_tiles, plan.m * plan.k_tiles, plan.q_tiles, plan.k_tiles
+    N, M, X, U = plan.n * plan.q_tiles, plan.m * plan.k_tiles, plan.q_tiles, plan.k_units
 
     def held(i, j):
         """The block of keys to hold; what is not computed is not fetched either."""
@@ -134,7 +133,7 @@ def _run(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plan: Plan) -> tu
             return j
         low, _ = key_span(i * X, plan, 0)
         _, high = key_span(i * X + X - 1, plan, 0)
-        return jnp.clip(j, over(low, Y), over(jnp.maximum(high - 1, 0), Y))
+        return jnp.clip(j, over(low, U), over(jnp.maximum(high - 1, 0), U))
 
     def keys(b, g, i, j, *_):
         return b, held(i, j), over(g, plan.shared)
@@ -144,15 +143,13 @@ def _run(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plan: Plan) -> tu
     specs = {"q": q_rows, "k": k_rows, "v": k_rows}
     arrays = {"q": flat(q_BTHK, Tp, plan), "k": flat(k_BSGK, Sp, plan), "v": flat(v_BSGK, Sp, plan)}
     if plan.segments:
-        arrays["q_segments"] = tiled(segments[0], Tp, plan.n)
-        arrays["kv_segments"] = tiled(segments[1], Sp, plan.m)
-        spans = segment_spans(arrays["q_segments"], arrays["kv_segments"])
-        scalars = {**scalars, "low": spans[0], "high": spans[1]}
+        more, spans = segment_arrays(segments, plan)
+        arrays, scalars = arrays | more, scalars | spans
         specs["q_segments"] = pl.BlockSpec(
             (None, X, 1, plan.n), lambda b, g, i, j, *_: (b, i, 0, 0)
         )
         specs["kv_segments"] = pl.BlockSpec(
-            (None, Y, 1, plan.m), lambda b, g, i, j, *_: (b, held(i, j), 0, 0)
+            (None, U, 1, plan.m), lambda b, g, i, j, *_: (b, held(i, j), 0, 0)
         )
     if plan.bias:
         rows = bias_BHTS.shape[0]
@@ -160,7 +157,7 @@ def _run(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plan: Plan) -> tu
         specs["bias"] = pl.BlockSpec(
             (None, P, N, M), lambda b, g, i, j, *_: (b if rows > 1 else 0, g, i, held(i, j))
         )
-    out_BTD, lse = pl.pallas_call(
+    out_BTD, lse_BH1T = pl.pallas_call(
         functools.partial(_kernel, plan=plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -168,7 +165,7 @@ def _run(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plan: Plan) -> tu
             in_specs=[specs],
             out_specs=[
                 q_rows,
-                pl.BlockSpec((None, None, X, P, plan.n), lambda b, g, i, j, *_: (b, g, i, 0, 0)),
+                pl.BlockSpec((None, P, 1, N), lambda b, g, i, j, *_: (b, g, 0, i)),
             ],
             scratch_shapes=[
                 {
@@ -181,17 +178,16 @@ def _run(q_BTHK, k_BSGK, v_BSGK, bias_BHTS, segments, scalars, plan: Plan) -> tu
         ),
         out_shape=[
             jax.ShapeDtypeStruct((B, Tp, H * plan.K), v_BSGK.dtype),
-            jax.ShapeDtypeStruct((B, H // P, I * X, P, plan.n), jnp.float32),
+            jax.ShapeDtypeStruct((B, H, 1, Tp), jnp.float32),
         ],
         compiler_params=plan.parameters("parallel", "arbitrary"),
         interpret=plan.interpret,
         name="flash_attention",
     )(scalars, arrays)
-    lse_BHT = jnp.swapaxes(lse, 2, 3).reshape(B, H, Tp)[:, :, :T]
-    return unflat(out_BTD, T, plan), lse_BHT
+    return unflat(out_BTD, T, plan), lse_BH1T[:, :, 0, :T]
 
 
-def _kernel(scalars: Refs, refs: Refs, out_NW, lse, sums: Refs, *, plan: Plan):
+def _kernel(scalars: Refs, refs: Refs, out_NW, lse_P1N, sums: Refs, *, plan: Plan):
     b, g, i_block, j_block = (pl.program_id(axis) for axis in range(4))
     shift = shift_of(scalars, plan)
     top, total, out = sums["top"], sums["total"], sums["out"]
@@ -209,35 +205,26 @@ def _kernel(scalars: Refs, refs: Refs, out_NW, lse, sums: Refs, *, plan: Plan):
             for p in range(plan.packed):
                 sums["q"][x, p] = head(refs["q"][rows, plan.lanes(p)], p, plan, plan.factor)
 
-        low, high = key_span(i, plan, shift)
-        if plan.segments:
-            low = jnp.maximum(low, scalars["low"][b, i])
-            high = jnp.minimum(high, scalars["high"][b, i])
-
-        def tile(j, masked: bool):
-            y = j - j_block * plan.k_tiles
+        def tile(j, y, masked: bool):
             here = Tile(b, g, i, j, ahead(i, j, shift, plan, masked))
             if plan.segments:
                 keys_m1 = column(refs["kv_segments"][y])
                 here = here._replace(q_segments_1n=refs["q_segments"][x], kv_segments_m1=keys_m1)
             _look(here, x, y, scalars, refs, sums, plan)
 
-        first = j_block * plan.k_tiles
-        each_tile((low, high), whole_keys(i, plan, shift), first, plan.k_tiles, plan, tile)
+        each_keys(b, i, shift, scalars, j_block, plan, tile)
 
         @pl.when(j_block == plan.blocks[1] - 1)
         def finish():
             sums_Pn = jnp.maximum(total[x], 1e-30)
+            lse_Pn = (top[x] + jnp.log2(sums_Pn)) / LOG2_E
             for p in range(plan.packed):
                 own = plan.own(p)
                 out[x, own] = out[x, own] / sums_Pn[p : p + 1]
+                lse_P1N[p, :, rows] = lse_Pn[p : p + 1]
             out_NW[rows] = out[x].T.astype(out_NW.dtype)
-            lse[x] = (top[x] + jnp.log2(sums_Pn)) / LOG2_E
 
-    if plan.q_tiles == 1:
-        queries(0, None)
-    else:
-        jax.lax.fori_loop(0, plan.q_tiles, queries, None)
+    each(plan.q_tiles, queries)
 
 
 def _look(tile: Tile, x, y, scalars: Refs, refs: Refs, sums: Refs, plan: Plan) -> None:
@@ -245,7 +232,7 @@ def _look(tile: Tile, x, y, scalars: Refs, refs: Refs, sums: Refs, plan: Plan) -
     top, total, out = sums["top"], sums["total"], sums["out"]
 
     def scores(piece) -> Array:
-        k_mL = refs["k"][within(y, piece.keys, plan.m, plan.piece_m), plan.lanes(piece.p)]
+        k_mL = refs["k"][within(y, piece.keys, plan.unit, plan.piece_m), plan.lanes(piece.p)]
         return product(k_mL, sums["q"][x, piece.p, piece.queries], 1, 1)
 
     for piece, scores_mn in one_ahead(pieces(plan, tile.ahead), scores):
@@ -259,6 +246,6 @@ def _look(tile: Tile, x, y, scalars: Refs, refs: Refs, sums: Refs, plan: Plan) -
         top[x, p, columns] = now_1n
         total[x, p, columns] = total[x, p, columns] * shrink_1n + exp_mn.sum(0, keepdims=True)
         exp_mn = dropped(exp_mn, kept(exp_mn.shape, tile, piece, plan, scalars), plan)
-        v_mL = refs["v"][within(y, piece.keys, plan.m, plan.piece_m), plan.lanes(piece.p)]
+        v_mL = refs["v"][within(y, piece.keys, plan.unit, plan.piece_m), plan.lanes(piece.p)]
         more_Kn = part(product(v_mL, exp_mn.astype(v_mL.dtype), 0, 0), piece.p, plan)
         out[x, own, columns] = out[x, own, columns] * shrink_1n + more_Kn

@@ -21,11 +21,8 @@ from jaxformer.attention.tpu_blocks import (
     flat,
     over,
     pad,
-    query_span,
-    segment_spans,
-    tiled,
+    segment_arrays,
     unflat,
-    whole_queries,
 )
 from jaxformer.attention.tpu_scores import (
     Refs,
@@ -33,7 +30,9 @@ from jaxformer.attention.tpu_scores import (
     ahead,
     column,
     dropped,
-    each_tile,
+    each,
+    each_keys,
+    each_queries,
     finished,
     head,
     kept,
@@ -55,12 +54,11 @@ def backward(saved, gradients, plan: Plan) -> tuple[Array, Array, Array, Array |
         out_grad_BTHK = jnp.zeros(out_grad_BTHK.shape, out_grad_BTHK.dtype)
     (B, T, H, _), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
     P, W, (I, J), (Tp, Sp) = plan.packed, plan.width, plan.blocks, plan.padded
-    N, M, X, Y = plan.n * plan.q_tiles, plan.m * plan.k_tiles, plan.q_tiles, plan.k_tiles
+    N, M, X, U = plan.n * plan.q_tiles, plan.m * plan.k_tiles, plan.q_tiles, plan.k_units
 
     def statistic(x_BHT):
-        """[B, H / P, tiles, P, n]"""
-        x = tiled(x_BHT, Tp, plan.n).reshape(B, H // P, P, -1, plan.n)
-        return jnp.swapaxes(x, 2, 3)
+        """[B, H, 1, T]"""
+        return pad(x_BHT, 2, Tp)[:, :, None]
 
     # Queries are copied in the pass of the first keys, and their gradient goes out in that of the
     # last; in between one block is held.
@@ -73,7 +71,7 @@ def backward(saved, gradients, plan: Plan) -> tuple[Array, Array, Array, Array |
     q_rows = pl.BlockSpec((None, N, W), lambda b, g, j, i, *_: (b, first_pass(j, i), g))
     k_rows = pl.BlockSpec((None, M, W), lambda b, g, j, i, *_: (b, j, over(g, plan.shared)))
     k_grads = pl.BlockSpec((None, M, W), lambda b, g, j, i, *_: (b, j, g))
-    across = pl.BlockSpec((None, None, X, P, plan.n), lambda b, g, j, i, *_: (b, g, i, 0, 0))
+    across = pl.BlockSpec((None, P, 1, N), lambda b, g, j, i, *_: (b, g, 0, i))
     specs = {"q": q_rows, "k": k_rows, "v": k_rows, "out": q_rows, "out_grad": q_rows}
     specs["lse"] = across
     arrays = {
@@ -87,15 +85,13 @@ def backward(saved, gradients, plan: Plan) -> tuple[Array, Array, Array, Array |
     if not isinstance(lse_grad_BHT, SymbolicZero):
         specs["lse_grad"], arrays["lse_grad"] = across, statistic(lse_grad_BHT)
     if plan.segments:
-        arrays["q_segments"] = tiled(segments[0], Tp, plan.n)
-        arrays["kv_segments"] = tiled(segments[1], Sp, plan.m)
-        spans = segment_spans(arrays["kv_segments"], arrays["q_segments"])
-        scalars = {**scalars, "low": spans[0], "high": spans[1]}
+        more, spans = segment_arrays(segments, plan)
+        arrays, scalars = arrays | more, scalars | spans
         specs["q_segments"] = pl.BlockSpec(
             (None, X, 1, plan.n), lambda b, g, j, i, *_: (b, i, 0, 0)
         )
         specs["kv_segments"] = pl.BlockSpec(
-            (None, Y, 1, plan.m), lambda b, g, j, i, *_: (b, j, 0, 0)
+            (None, U, 1, plan.m), lambda b, g, j, i, *_: (b, j, 0, 0)
         )
     shared = plan.shared > 1
     out_specs = {
@@ -159,11 +155,6 @@ def _kernel(scalars: Refs, refs: Refs, grads: Refs, sums: Refs, *, plan: Plan):
     shift = shift_of(scalars, plan)
     first = i_block * plan.q_tiles
 
-    def tiles(body):
-        if plan.q_tiles == 1:
-            return body(0, None)
-        jax.lax.fori_loop(0, plan.q_tiles, body, None)
-
     @pl.when(j_block == 0)
     def _():
         def copy(x, _):
@@ -178,10 +169,10 @@ def _kernel(scalars: Refs, refs: Refs, grads: Refs, sums: Refs, *, plan: Plan):
                 inner_1n = inner_Wn[own].sum(0, keepdims=True)
                 if "lse_grad" in refs:
                     # The gradient of log-sum-exp for a score is that score's weight.
-                    inner_1n = inner_1n - refs["lse_grad"][x, row]
+                    inner_1n = inner_1n - refs["lse_grad"][p, :, rows]
                 sums["inner"][first + x, row] = inner_1n
 
-        tiles(copy)
+        each(plan.q_tiles, copy)
 
     @pl.when(i_block == 0)
     def _():
@@ -191,31 +182,28 @@ def _kernel(scalars: Refs, refs: Refs, grads: Refs, sums: Refs, *, plan: Plan):
     if plan.bias:
         grads["bias"][...] = jnp.zeros(grads["bias"].shape, jnp.float32)
 
-    def keys(y, _):
-        j = j_block * plan.k_tiles + y
-        span = query_span(j, plan, shift)
+    def look(i, x, j, y, masked: bool):
+        tile = Tile(b, g, i, j, ahead(i, j, shift, plan, masked))
         if plan.segments:
-            span = (
-                jnp.maximum(span[0], scalars["low"][b, j]),
-                jnp.minimum(span[1], scalars["high"][b, j]),
-            )
+            keys_m1 = column(refs["kv_segments"][y])
+            tile = tile._replace(q_segments_1n=refs["q_segments"][x], kv_segments_m1=keys_m1)
+        _look(tile, x, y, scalars, refs, grads, sums, plan)
 
-        def tile(i, masked: bool):
-            x = i - first
-            here = Tile(b, g, i, j, ahead(i, j, shift, plan, masked))
-            if plan.segments:
-                here = here._replace(
-                    q_segments_1n=refs["q_segments"][x],
-                    kv_segments_m1=column(refs["kv_segments"][y]),
-                )
-            _look(here, x, y, scalars, refs, grads, sums, plan)
+    # The inner loop is over what is left out.
+    if plan.scattered:
 
-        each_tile(span, whole_queries(j, plan, shift), first, plan.q_tiles, plan, tile)
+        def queries(x, _):
+            i = first + x
+            each_keys(b, i, shift, scalars, j_block, plan, lambda *keys: look(i, x, *keys))
 
-    if plan.k_tiles == 1:
-        keys(0, None)
+        each(plan.q_tiles, queries)
     else:
-        jax.lax.fori_loop(0, plan.k_tiles, keys, None)
+
+        def keys(y, _):
+            j = j_block * plan.k_tiles + y
+            each_queries(j, shift, i_block, plan, lambda i, x, masked: look(i, x, j, y, masked))
+
+        each(plan.k_tiles, keys)
 
     @pl.when(i_block == plan.blocks[0] - 1)
     def _():
@@ -231,14 +219,14 @@ def _kernel(scalars: Refs, refs: Refs, grads: Refs, sums: Refs, *, plan: Plan):
             q_grad = sums["q_sum"][first + x].T * plan.scale
             grads["q"][rows] = q_grad.astype(grads["q"].dtype)
 
-        tiles(write)
+        each(plan.q_tiles, write)
 
 
 def _look(tile: Tile, x, y, scalars: Refs, refs: Refs, grads: Refs, sums: Refs, plan: Plan) -> None:
     """What the pairs of one tile add to all gradients."""
 
     def products(piece) -> tuple[Array, Array]:
-        here = within(y, piece.keys, plan.m, plan.piece_m), plan.lanes(piece.p)
+        here = within(y, piece.keys, plan.unit, plan.piece_m), plan.lanes(piece.p)
         q_nL, out_grad_nL = (
             sums[name][tile.i, piece.p, piece.queries] for name in ("q", "out_grad")
         )
@@ -246,11 +234,12 @@ def _look(tile: Tile, x, y, scalars: Refs, refs: Refs, grads: Refs, sums: Refs, 
 
     for piece, (scores_mn, weight_grad_mn) in one_ahead(pieces(plan, tile.ahead), products):
         p, columns = slice(piece.p, piece.p + 1), piece.queries
-        here = within(y, piece.keys, plan.m, plan.piece_m), plan.lanes(piece.p)
+        here = within(y, piece.keys, plan.unit, plan.piece_m), plan.lanes(piece.p)
         scores_mn, slope_mn = finished(
             scores_mn, tile, piece, plan, scalars, refs.get("bias"), x, y
         )
-        weights_mn = jnp.exp2(scores_mn - refs["lse"][x, p, columns] * LOG2_E)
+        lse_1n = refs["lse"][piece.p, :, within(x, columns, plan.n, plan.piece_n)]
+        weights_mn = jnp.exp2(scores_mn - lse_1n * LOG2_E)
         kept_mn = kept(weights_mn.shape, tile, piece, plan, scalars)
         weight_grad_mn = dropped(weight_grad_mn, kept_mn, plan)
         score_grad_mn = weights_mn * (weight_grad_mn - sums["inner"][tile.i, p, columns])

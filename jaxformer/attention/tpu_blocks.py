@@ -51,7 +51,23 @@ class Plan(NamedTuple):
     piece_m: int  # keys of a piece
     q_tiles: int  # tiles of queries in a block
     k_tiles: int  # tiles of keys in a block
+    unit: int  # keys; a tile begins at any multiple of it
     interpret: Any
+
+    @property
+    def units(self) -> int:
+        """Of a tile of keys."""
+        return self.m // self.unit
+
+    @property
+    def scattered(self) -> bool:
+        """Whether what a tile of queries looks at is known when the kernel runs, or in units."""
+        return self.segments or self.units > 1
+
+    @property
+    def k_units(self) -> int:
+        """U: of a block of keys."""
+        return self.k_tiles * self.units
 
     @property
     def width(self) -> int:
@@ -131,6 +147,7 @@ def plan_of(
         packed *= 2
     n, q_tiles = _cut(T, tiles.n, tiles.q_block)
     m, k_tiles = _cut(S, tiles.m, tiles.k_block)
+    unit = tiles.unit if tiles.unit and m % tiles.unit == 0 else m
     return Plan(
         causal=mask.causal,
         window=mask.window,
@@ -156,6 +173,7 @@ def plan_of(
         piece_m=min(tiles.piece_m, m),
         q_tiles=q_tiles,
         k_tiles=k_tiles,
+        unit=unit,
         interpret=interpret,
     )
 
@@ -201,18 +219,18 @@ def over(position, block: int):
 
 
 def key_span(i, plan: Plan, shift):
-    """The first tile of keys that tile i of the queries may see, and the one after the last.
+    """What tile i of the queries may see: the first unit of keys, and the one after the last.
 
     `shift` is by how many places the first query stands behind the first key.
     """
     first = i * plan.n + shift
     reach = (plan.window or 1) - 1
-    low, high = jnp.int32(0), jnp.int32(pl.cdiv(plan.S, plan.m))
+    low, high = jnp.int32(0), jnp.int32(pl.cdiv(plan.S, plan.m) * plan.units)
     if plan.window is not None:
-        low = _tile(first - reach, plan.m)
+        low = _over(first - reach, plan.unit)
     if plan.causal or plan.window is not None:
         last = first + plan.n - 1 + (0 if plan.causal else reach)
-        high = jnp.minimum(high, _tile(last + plan.m, plan.m))
+        high = jnp.minimum(high, _over(last + plan.unit, plan.unit))
     return low, high
 
 
@@ -222,21 +240,21 @@ def query_span(j, plan: Plan, shift):
     reach = (plan.window or 1) - 1
     low, high = jnp.int32(0), jnp.int32(pl.cdiv(plan.T, plan.n))
     if plan.causal or plan.window is not None:
-        low = _tile(first - (0 if plan.causal else reach), plan.n)
+        low = _over(first - (0 if plan.causal else reach), plan.n)
     if plan.window is not None:
-        high = jnp.minimum(high, _tile(first + plan.m - 1 + reach + plan.n, plan.n))
+        high = jnp.minimum(high, _over(first + plan.m - 1 + reach + plan.n, plan.n))
     return low, high
 
 
 def whole_keys(i, plan: Plan, shift):
-    """The first tile of keys that tile i of the queries sees as a whole, and after the last."""
+    """What tile i of the queries sees as a whole, where tiles are units, as in `key_span`."""
     first = i * plan.n + shift
     low, high = jnp.int32(0), jnp.int32(plan.S // plan.m if plan.ragged else plan.tiles[1])
     if plan.causal:
-        high = jnp.minimum(high, _tile(first + 1, plan.m))
+        high = jnp.minimum(high, _over(first + 1, plan.unit))
     if plan.window is not None:
-        high = jnp.minimum(high, _tile(first + plan.window, plan.m))
-        low = _tile(first + plan.n - 1 - plan.window + plan.m, plan.m)
+        high = jnp.minimum(high, _over(first + plan.window, plan.unit))
+        low = _over(first + plan.n - 1 - plan.window + plan.m, plan.unit)
     return low, high
 
 
@@ -247,37 +265,50 @@ def whole_queries(j, plan: Plan, shift):
     if plan.ragged:
         high = jnp.where((j + 1) * plan.m <= plan.S, high, 0)
     if plan.causal:
-        low = _tile(first + plan.m + plan.n - 2, plan.n)
+        low = _over(first + plan.m + plan.n - 2, plan.n)
     if plan.window is not None:
-        low = jnp.maximum(low, _tile(first + plan.m - plan.window + plan.n - 1, plan.n))
-        high = jnp.minimum(high, _tile(first + plan.window, plan.n))
+        low = jnp.maximum(low, _over(first + plan.m - plan.window + plan.n - 1, plan.n))
+        high = jnp.minimum(high, _over(first + plan.window, plan.n))
     return low, high
 
 
-def _tile(position, tile: int):
-    return over(jnp.maximum(position, 0), tile)
+def _over(position, block: int):
+    return over(jnp.maximum(position, 0), block)
 
 
-def segment_spans(own_BI1n: Array, other_BJ1m: Array) -> tuple[Array, Array]:
-    """int32 [B, tiles]: what segments leave of the other side's tiles; first, and after the last.
+def segment_arrays(segments, plan: Plan) -> tuple[dict[str, Array], dict[str, Array]]:
+    """What the kernels need of segments: arrays by tile, and scalars: the span of each tile.
 
+    q_segments [B, tiles, 1, n]; kv_segments [B, units, 1, m], for a tile from each unit on; low and
+    high int32 [B, tiles]: the first unit of keys that segments leave, and the one after the last.
     Segments of a tile are taken for a range of ids; in rows packed in order they are one.
     """
-    own_BIn, other_BJm = own_BI1n[:, :, 0], other_BJ1m[:, :, 0]
+    q_BT, kv_BS = (pad(x, 1, length) for x, length in zip(segments, plan.padded, strict=True))
     highest = jnp.iinfo(jnp.int32).max
-    low_BI, low_BJ = (jnp.where(s > 0, s, highest).min(-1) for s in (own_BIn, other_BJm))
-    seen_BIJ = (low_BI[..., None] <= other_BJm.max(-1)[:, None]) & (
-        low_BJ[:, None] <= own_BIn.max(-1)[..., None]
-    )
-    J = seen_BIJ.shape[-1]
-    tiles_11J = jnp.arange(J, dtype=jnp.int32)[None, None]
-    return (
-        jnp.where(seen_BIJ, tiles_11J, J).min(-1),
-        jnp.where(seen_BIJ, tiles_11J + 1, 0).max(-1),
-    )
+
+    def ids(x_BT, tile):
+        """The lowest and the highest of each tile."""
+        x_BIn = x_BT.reshape(len(x_BT), -1, tile)
+        return jnp.where(x_BIn > 0, x_BIn, highest).min(-1), x_BIn.max(-1)
+
+    (low_BI, high_BI), (low_BU, high_BU) = ids(q_BT, plan.n), ids(kv_BS, plan.unit)
+    seen_BIU = (low_BI[..., None] <= high_BU[:, None]) & (low_BU[:, None] <= high_BI[..., None])
+    U = seen_BIU.shape[-1]
+    units_11U = jnp.arange(U, dtype=jnp.int32)[None, None]
+    ahead_BS = pad(kv_BS, 1, kv_BS.shape[1] + plan.m)
+    parts = [
+        tiled(ahead_BS[:, u * plan.unit :][:, : kv_BS.shape[1]], plan.m) for u in range(plan.units)
+    ]
+    arrays = {
+        "q_segments": tiled(q_BT, plan.n),
+        "kv_segments": jnp.stack(parts, 2).reshape(len(kv_BS), U, 1, plan.m),
+    }
+    return arrays, {
+        "low": jnp.where(seen_BIU, units_11U, U).min(-1),
+        "high": jnp.where(seen_BIU, units_11U + 1, 0).max(-1),
+    }
 
 
-def tiled(x_BT: Array, length: int, tile: int) -> Array:
+def tiled(x_BT: Array, tile: int) -> Array:
     """[..., tiles, 1, tile]: one row of lanes to a tile."""
-    x_BT = pad(x_BT, x_BT.ndim - 1, length)
     return x_BT.reshape(*x_BT.shape[:-1], -1, 1, tile)

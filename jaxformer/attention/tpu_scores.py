@@ -17,7 +17,15 @@ from jax.experimental import pallas as pl
 
 from jaxformer.attention.dropout import keep_at
 from jaxformer.attention.extras import NOTHING
-from jaxformer.attention.tpu_blocks import LOG2_E, Plan
+from jaxformer.attention.tpu_blocks import (
+    LOG2_E,
+    Plan,
+    key_span,
+    over,
+    query_span,
+    whole_keys,
+    whole_queries,
+)
 
 Refs = dict[str, Any]
 
@@ -36,7 +44,7 @@ class Tile(NamedTuple):
     b: Any  # row of the batch
     g: Any  # block of heads
     i: Any  # tile of queries
-    j: Any  # tile of keys
+    j: Any  # unit of keys with which it begins
     ahead: Any  # how far its first query stands behind its first key; None: nothing is masked
     q_segments_1n: Array | None = None
     kv_segments_m1: Array | None = None
@@ -76,9 +84,9 @@ def pieces(plan: Plan, ahead) -> list[Piece]:
     """Those that a tile computes; on the diagonal, those that lie above it are left out."""
     return [
         Piece(p, queries, keys)
-        for p in range(plan.packed)
         for queries in _slices(plan.n, plan.piece_n)
         for keys in _slices(plan.m, plan.piece_m)
+        for p in range(plan.packed)
         if not isinstance(ahead, int) or keys.start < ahead + queries.stop
     ]
 
@@ -109,33 +117,68 @@ def shift_of(scalars: Refs, plan: Plan):
 
 
 def ahead(i, j, shift, plan: Plan, masked: bool):
-    """`Tile.ahead` of tile i of the queries and j of the keys."""
+    """`Tile.ahead` of tile i of the queries and the keys from unit j on."""
     if not masked:
         return None
-    return 0 if plan.aligned else i * plan.n + shift - j * plan.m
+    return 0 if plan.aligned else i * plan.n + shift - j * plan.unit
 
 
-def each_tile(
-    span, whole, first, count: int, plan: Plan, body: Callable[[Any, bool], None]
-) -> None:
-    """Calls the body with (tile, masked) for the tiles of `span` that are in a block.
+Body = Callable[[Any, Any, bool], None]
+"""What is done with a tile: its place in the array and in its block; whether a mask cuts it."""
 
-    Without a mask for those in `whole`; the tiles of a block are `first` and the next `count`.
+
+def each_keys(b, i, shift, scalars: Refs, j_block, plan: Plan, body: Body) -> None:
+    """Calls the body for the tiles of a block of keys that tile i of the queries looks at.
+
+    The places are those of the units with which the tiles begin.
     """
-    low, high = jnp.maximum(span[0], first), jnp.minimum(span[1], first + count)
+    count = plan.k_units
+    first = j_block * count
+    low, high = key_span(i, plan, shift)
+    if not plan.scattered:
+        return _each((low, high), whole_keys(i, plan, shift), first, count, plan, body)
     if plan.segments:
-        return _loop(low, high, lambda j: body(j, True))
+        low, high = jnp.maximum(low, scalars["low"][b, i]), jnp.minimum(high, scalars["high"][b, i])
+    low, high = jnp.maximum(low, first), jnp.minimum(high, first + count)
+    tiles = over(jnp.maximum(high - low, 0) + plan.units - 1, plan.units)
+    # Where tiles would reach beyond the block they begin earlier: the mask hides the rest.
+    low = jnp.minimum(low, first + count - tiles * plan.units)
+
+    def tile(t, _):
+        j = low + t * plan.units
+        body(j, j - first, True)
+
+    jax.lax.fori_loop(0, tiles, tile, None)
+
+
+def each(count: int, body: Callable[[Any, None], None]) -> None:
+    """Calls the body for so many tiles; one has no loop around it."""
+    if count == 1:
+        body(0, None)
+    else:
+        jax.lax.fori_loop(0, count, body, None)
+
+
+def each_queries(j, shift, i_block, plan: Plan, body: Body) -> None:
+    """Calls the body for the tiles of a block of queries that look at tile j of the keys."""
+    span, whole = query_span(j, plan, shift), whole_queries(j, plan, shift)
+    _each(span, whole, i_block * plan.q_tiles, plan.q_tiles, plan, body)
+
+
+def _each(span, whole, first, count: int, plan: Plan, body: Body) -> None:
+    """For the tiles of `span` that are among `count` from `first` on; unmasked those in `whole`."""
+    low, high = jnp.maximum(span[0], first), jnp.minimum(span[1], first + count)
+
+    def loop(low, high, masked: bool):
+        jax.lax.fori_loop(low, high, lambda x, _: body(x, x - first, masked), None)
+
     if not (plan.causal or plan.window is not None or plan.ragged):
-        return _loop(low, high, lambda j: body(j, False))
+        return loop(low, high, False)
     whole_low = jnp.clip(whole[0], low, jnp.maximum(low, high))
     whole_high = jnp.clip(whole[1], whole_low, jnp.maximum(whole_low, high))
-    _loop(low, whole_low, lambda j: body(j, True))
-    _loop(whole_low, whole_high, lambda j: body(j, False))
-    _loop(whole_high, high, lambda j: body(j, True))
-
-
-def _loop(low, high, body: Callable[[Any], None]) -> None:
-    jax.lax.fori_loop(low, high, lambda j, _: body(j), None)
+    loop(low, whole_low, True)
+    loop(whole_low, whole_high, False)
+    loop(whole_high, high, True)
 
 
 def finished(
@@ -143,7 +186,7 @@ def finished(
 ) -> tuple[Array, Array | None]:
     """Scores as exponents of 2, NOTHING where the mask forbids; and the slope of the soft cap.
 
-    x, y: the tile's place in the block of the bias.
+    x, y: the tile and the unit of the block of the bias.
     """
     slope_mn = None
     if plan.soft_cap is not None:
@@ -155,7 +198,7 @@ def finished(
         x_mn = x_mn + bias_nm.astype(jnp.float32).T * LOG2_E
     if plan.alibi:
         place = scalars["place_6"]
-        shift = place[4] - place[5] + tile.i * plan.n - tile.j * plan.m
+        shift = place[4] - place[5] + tile.i * plan.n - tile.j * plan.unit
         away_mn = abs(_distances(x_mn.shape, piece, shift)).astype(jnp.float32)
         x_mn = x_mn - away_mn * (scalars["slopes_H"][tile.g * plan.packed + piece.p] * LOG2_E)
     allowed_mn = _allowed(x_mn.shape, tile, piece, plan)
@@ -163,16 +206,16 @@ def finished(
 
 
 def of_block(x, y, piece: Piece, plan: Plan) -> tuple:
-    """The queries and the keys of a piece in a block whose tile it is."""
+    """The queries and the keys of a piece in a block: of its tile x, and from its unit y on."""
     queries, keys = piece.queries, piece.keys
     return (
         within(x, queries, plan.n, plan.piece_n),
-        within(y, keys, plan.m, plan.piece_m),
+        within(y, keys, plan.unit, plan.piece_m),
     )
 
 
 def within(x, part: slice, tile: int, piece: int):
-    """Part of tile x as part of its block."""
+    """A part, from tile (or unit) x of a block on, as part of the block."""
     start = pl.multiple_of(x * tile + part.start, math.gcd(tile, piece))
     return pl.ds(start, part.stop - part.start)
 
@@ -195,7 +238,7 @@ def _allowed(shape, tile: Tile, piece: Piece, plan: Plan) -> Array | None:
         rules.append((tile.kv_segments_m1[piece.keys] == q_1n) & (q_1n != 0))
     if plan.ragged:
         key_mn = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-        rules.append(key_mn < plan.S - tile.j * plan.m - piece.keys.start)
+        rules.append(key_mn < plan.S - tile.j * plan.unit - piece.keys.start)
     below = isinstance(tile.ahead, int) and piece.keys.stop - 1 <= tile.ahead + piece.queries.start
     if plan.causal and not below:
         rules.append(_distances(shape, piece, tile.ahead) >= 0)
@@ -217,7 +260,7 @@ def kept(shape, tile: Tile, piece: Piece, plan: Plan, scalars: Refs) -> Array | 
     query_mn = jax.lax.broadcasted_iota(jnp.int32, shape, 1) + (
         tile.i * plan.n + piece.queries.start
     )
-    key_mn = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + (tile.j * plan.m + piece.keys.start)
+    key_mn = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + (tile.j * plan.unit + piece.keys.start)
     inner_mn = (place[4] + query_mn) * plan.keys + (place[5] + key_mn)
     return keep_at((words[0], words[1]), plan.rate, outer, inner_mn)
 

@@ -18,6 +18,7 @@ class Tiles(NamedTuple):
     piece_n: int  # queries of a piece
     piece_m: int  # keys of a piece
     heads: int = 1  # heads of a block, beside those that share 128 lanes anyway
+    unit: int = 0  # keys; tiles begin at multiples of it, not of their own size
 
 
 VMEM = 100 * 2**20
@@ -30,12 +31,40 @@ HELD = 2**14
 """Queries of the heads of a block together, where there are several; the backward pass keeps them.
 """
 
-# The best of the pieces tried for causal rows of 2,048 in bfloat16, heads of 64 and of 128, by the
-# compiler's estimates for v5e, v5p and v6e (benchmarks/tune_tpu.py). They fit the matrix unit:
-# 128 x 128 up to v5, 256 x 256 since.
-NARROW = Tiles(1024, 1024, 1024, 4096, 128, 128), Tiles(1024, 1024, 4096, 1024, 256, 128)
-WIDE = Tiles(1024, 1024, 1024, 4096, 256, 128), Tiles(1024, 1024, 4096, 1024, 256, 256)
-DENSE = {
+
+class Generation(NamedTuple):
+    """Forward and backward, where whole tiles are looked at and where segments cut them up."""
+
+    dense: tuple[Tiles, Tiles]
+    packed: tuple[Tiles, Tiles]
+
+
+# The best of those tried, for rows of 2,048 in bfloat16 and heads of 64 and of 128, by the
+# compiler's estimates for v5e, v5p and v6e (benchmarks/tune_tpu.py). Pieces fit the matrix unit:
+# 128 x 128 up to v5, 256 x 256 since. Heads of a block are independent work for the units of a
+# core.
+# Packed sentences are short: a tile of keys begins where they do, and one of 256 mostly is enough.
+NARROW = Generation(
+    dense=(
+        Tiles(1024, 1024, 1024, 4096, 128, 128, heads=2),
+        Tiles(1024, 1024, 4096, 1024, 256, 128),
+    ),
+    packed=(
+        Tiles(128, 256, 1024, 2048, 128, 128, heads=8, unit=32),
+        Tiles(128, 256, 1024, 1024, 128, 256, heads=8, unit=32),
+    ),
+)
+WIDE = Generation(
+    dense=(
+        Tiles(1024, 1024, 1024, 4096, 256, 128, heads=2),
+        Tiles(1024, 1024, 4096, 1024, 256, 256),
+    ),
+    packed=(
+        Tiles(128, 256, 1024, 2048, 128, 256, heads=8, unit=32),
+        Tiles(128, 256, 1024, 1024, 128, 256, heads=8, unit=32),
+    ),
+)
+GENERATIONS = {
     "TPU v4": NARROW,  # not profiled: the matrix unit of v5
     "TPU v5 lite": NARROW,
     "TPU v5e": NARROW,
@@ -43,20 +72,17 @@ DENSE = {
     "TPU v5p": NARROW,
     "TPU v6 lite": WIDE,
     "TPU v6e": WIDE,
-    "TPU7x": WIDE,  # the row of v6e, not tuned: it compiles, and has an estimate
+    "TPU7x": WIDE,
 }
 OTHER = WIDE
 """For devices that are not in the table, and the interpreter."""
 
-# Packed sentences are short: tiles are small, so that most of them are left out, and the heads of a
-# block are independent work for the units of the core.
-PACKED = (
-    Tiles(128, 64, 1024, 2048, 128, 64, heads=4),
-    Tiles(128, 64, 1024, 1024, 128, 64, heads=4),
-)
 BIASED = Tiles(512, 512, 512, 512, 256, 128), Tiles(512, 512, 512, 512, 256, 128)
 
 
 def tiles(kind: str, *, segments: bool, bias: bool) -> tuple[Tiles, Tiles]:
     """The sizes, forward and backward, for a kind of device as `jax.Device.device_kind` has it."""
-    return BIASED if bias else PACKED if segments else DENSE.get(kind, OTHER)
+    if bias:
+        return BIASED
+    generation = GENERATIONS.get(kind, OTHER)
+    return generation.packed if segments else generation.dense

@@ -22,7 +22,7 @@ tpu_backward = importlib.import_module("jaxformer.attention.tpu_backward")
 # Several blocks of queries and of keys, of two tiles of one piece.
 RACES = [
     (Case("races: packed, causal, dropout, log-sum-exp", B=1, T=45, S=45, segments=3, causal=True,
-          dropout=0.2, lse=True), (16, 16, 32, 32, 16, 16, 2)),
+          dropout=0.2, lse=True), (16, 16, 32, 32, 16, 16, 2, 8)),
     (Case("races: cross, grouped, bias", B=1, H=2, G=1, T=45, S=30, bias=1),
      (16, 16, 32, 16, 16, 16)),
 ]  # fmt: skip
@@ -44,10 +44,10 @@ def computed(monkeypatch, segments_BT, causal) -> list[np.ndarray]:
     for which, kernel in enumerate((pallas_tpu, tpu_backward)):
 
         def look(tile, *rest, which=which, given=kernel._look):
-            n, m = rest[-1].n, rest[-1].m
+            n, m, unit = rest[-1].n, rest[-1].m, rest[-1].unit
 
             def note(i, j):
-                looks.append((which, i * n, j * m, n, m))
+                looks.append((which, i * n, j * unit, n, m))
 
             jax.debug.callback(note, tile.i, tile.j)
             given(tile, *rest)
