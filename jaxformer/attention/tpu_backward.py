@@ -189,7 +189,7 @@ def _kernel(scalars: Refs, refs: Refs, grads: Refs, sums: Refs, *, plan: Plan):
             tile = tile._replace(q_segments_1n=refs["q_segments"][x], kv_segments_m1=keys_m1)
         _look(tile, x, y, scalars, refs, grads, sums, plan)
 
-    # The inner loop is over what is left out.
+    # The sums of a tile of keys may begin anywhere, those of queries lie along lanes and may not.
     if plan.scattered:
 
         def queries(x, _):

@@ -61,7 +61,7 @@ class Plan(NamedTuple):
 
     @property
     def scattered(self) -> bool:
-        """Whether what a tile of queries looks at is known when the kernel runs, or in units."""
+        """Whether a tile of keys begins where a tile of queries has something to look at."""
         return self.segments or self.units > 1
 
     @property
