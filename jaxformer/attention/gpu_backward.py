@@ -177,28 +177,30 @@ def _keys_kernel(
     low, high = bounds(j * HELD, HELD, block, ahead, back, span, q_BTHK.shape[1] // block)
     many = jnp.maximum(high - low, 0)
 
+    def head_and_block(step):
+        """Of the queries that a step takes: one head after the other."""
+        r = jax.lax.div(step, many) if R > 1 else 0
+        return g * R + r, low + step - r * many
+
     @pl.when(w == WORKERS)
     def _():
         plgpu.set_max_registers(40, action="decrease")
 
-        @pl.loop(0, R)
-        def _(r):
-            h = g * R + r
-
-            @pl.loop(0, many)
-            def _(step):
-                queries = pl.ds((low + step) * block, block)
-                q_copies = [
-                    (q_BTHK.at[b, queries, h], q_slots, q_ready),
-                    (lse_BHT.at[b, h, queries], lse_slots, q_ready),
-                ]
-                if static.segments:
-                    q_copies.append((q_ids_BT.at[b, queries], ids_slots, q_ready))
-                grad_copies = [
-                    (out_grad_BTHK.at[b, queries, h], out_grad_slots, grad_ready),
-                    (inner_BHT.at[b, h, queries], inner_slots, grad_ready),
-                ]
-                fetch(r * many + step, [(q_free, q_copies), (grad_free, grad_copies)])
+        @pl.loop(0, R * many)
+        def _(step):
+            h, i = head_and_block(step)
+            queries = pl.ds(i * block, block)
+            q_copies = [
+                (q_BTHK.at[b, queries, h], q_slots, q_ready),
+                (lse_BHT.at[b, h, queries], lse_slots, q_ready),
+            ]
+            if static.segments:
+                q_copies.append((q_ids_BT.at[b, queries], ids_slots, q_ready))
+            grad_copies = [
+                (out_grad_BTHK.at[b, queries, h], out_grad_slots, grad_ready),
+                (inner_BHT.at[b, h, queries], inner_slots, grad_ready),
+            ]
+            fetch(step, [(q_free, q_copies), (grad_free, grad_copies)])
 
     @pl.when(w < WORKERS)
     def _():
@@ -209,38 +211,34 @@ def _keys_kernel(
         hold(copies, (kv_ids_BS.at[b, keys], ids_wm), w, ready, static)
         kv_ids_m = vector(ids_wm.at[w][...], 0, static) if static.segments else None
 
-        def add_head(r, sums):
-            h = g * R + r
-
-            def add_block(step, sums):
-                k_grad_mK, v_grad_mK = sums
-                slot = slot_of(r * many + step)
-                places = Places((low + step) * block, first, 1)
-                plgpu.barrier_wait(q_ready.at[slot])
-                scores_mn = outer(k_wmK.at[w], q_slots.at[slot], static)
-                lse_n = vector(lse_slots.at[slot][...], 1, static)
-                ids = None
-                if static.segments:
-                    ids = (vector(ids_slots.at[slot][...], 1, static), kv_ids_m)
-                scores_mn = masked(scores_mn, places, ids, static)
-                weights_mn = jnp.exp2(scores_mn * static.scale - along(lse_n, 1, scores_mn.shape))
-                marked_mn = marked(weights_mn, places, b, h, words_2, origin_4, static)
-                plgpu.barrier_wait(grad_ready.at[slot])
-                kept_mn = kept(marked_mn, static)
-                v_grad_mK = add_product(v_grad_mK, kept_mn, out_grad_slots.at[slot], static)
-                grad_mn = outer(v_wmK.at[w], out_grad_slots.at[slot], static)
-                inner_n = vector(inner_slots.at[slot][...], 1, static)
-                release(grad_free.at[slot], static)
-                inner_mn = along(inner_n, 1, grad_mn.shape)
-                grad_mn = score_gradient(marked_mn, grad_mn, inner_mn, static)
-                k_grad_mK = add_product(k_grad_mK, grad_mn, q_slots.at[slot], static)
-                release(q_free.at[slot], static)
-                return k_grad_mK, v_grad_mK
-
-            return jax.lax.fori_loop(0, many, add_block, sums)
+        def add_block(step, sums):
+            k_grad_mK, v_grad_mK = sums
+            slot = slot_of(step)
+            h, i = head_and_block(step)
+            places = Places(i * block, first, 1)
+            plgpu.barrier_wait(q_ready.at[slot])
+            scores_mn = outer(k_wmK.at[w], q_slots.at[slot], static)
+            lse_n = vector(lse_slots.at[slot][...], 1, static)
+            ids = None
+            if static.segments:
+                ids = (vector(ids_slots.at[slot][...], 1, static), kv_ids_m)
+            scores_mn = masked(scores_mn, places, ids, static)
+            weights_mn = jnp.exp2(scores_mn * static.scale - along(lse_n, 1, scores_mn.shape))
+            marked_mn = marked(weights_mn, places, b, h, words_2, origin_4, static)
+            plgpu.barrier_wait(grad_ready.at[slot])
+            kept_mn = kept(marked_mn, static)
+            v_grad_mK = add_product(v_grad_mK, kept_mn, out_grad_slots.at[slot], static)
+            grad_mn = outer(v_wmK.at[w], out_grad_slots.at[slot], static)
+            inner_n = vector(inner_slots.at[slot][...], 1, static)
+            release(grad_free.at[slot], static)
+            inner_mn = along(inner_n, 1, grad_mn.shape)
+            grad_mn = score_gradient(marked_mn, grad_mn, inner_mn, static)
+            k_grad_mK = add_product(k_grad_mK, grad_mn, q_slots.at[slot], static)
+            release(q_free.at[slot], static)
+            return k_grad_mK, v_grad_mK
 
         start = (zeros(k_wmK.shape[1:], static), zeros(v_wmK.shape[1:], static))
-        k_grad_mK, v_grad_mK = jax.lax.fori_loop(0, R, add_head, start)
+        k_grad_mK, v_grad_mK = jax.lax.fori_loop(0, R * many, add_block, start)
         k_wmK.at[w][...] = (k_grad_mK * static.root).astype(k_wmK.dtype)
         v_wmK.at[w][...] = (v_grad_mK / (1 - static.rate)).astype(v_wmK.dtype)
         plgpu.commit_smem()

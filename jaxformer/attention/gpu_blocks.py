@@ -212,10 +212,13 @@ def masked(scores: Array, places: Places, segments: tuple | None, static: Static
             rules += [q == kv, q != 0]
         elif static.S % HELD:
             rules.append(key < static.S)
-        if static.causal:
+        back, ahead = reach(static)
+        if back is not None and ahead is not None:
+            # As an unsigned number what is negative is large: one comparison for both sides.
+            behind = (query - key + ahead).astype(jnp.uint32)
+            rules.append(behind <= jnp.uint32(back + ahead))
+        elif static.causal:
             rules.append(query >= key)
-        if static.window is not None:
-            rules += [query - key < static.window, key - query < static.window]
         if not rules:
             return scores
         allowed = functools.reduce(jnp.logical_and, rules)

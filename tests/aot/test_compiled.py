@@ -49,23 +49,30 @@ def test_all_options_at_once_compile_for_a_tpu():
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("chip", ["v5p", "v6e", "tpu7x"])
+def test_packed_rows_compile_for_other_tpus(chip):
+    """Eight heads of 128 to a block: as much as goes into VMEM."""
+    check_tpu(compiled(chip, H=8, G=8, options=("segments", "dropout")))
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("D", [64, 96])
 def test_other_head_sizes_and_odd_lengths_compile(D):
     check_tpu(compiled("v6e", S=2047, D=D, causal=False))
 
 
 @pytest.mark.parametrize(
-    ("options", "shape", "spills"),
+    ("options", "shape"),
     [
-        pytest.param("dropout", {}, 0),
-        pytest.param("", {}, 0, marks=pytest.mark.long),
-        pytest.param("", {"D": 64}, 0, marks=pytest.mark.long),
-        pytest.param("dropout segments", {"G": 2}, 0, marks=pytest.mark.long),
-        # Dropout, segments and a window at once are more than the registers hold: 24 bytes.
-        pytest.param("dropout segments", {"G": 2, "window": 300}, 24, marks=pytest.mark.long),
+        ("dropout", {}),
+        pytest.param("", {}, marks=pytest.mark.long),
+        pytest.param("", {"D": 64}, marks=pytest.mark.long),
+        pytest.param("segments", {"G": 2}, marks=pytest.mark.long),
+        pytest.param("dropout segments", {"causal": False}, marks=pytest.mark.long),
+        pytest.param("dropout segments", {"G": 2, "window": 300}, marks=pytest.mark.long),
     ],
 )
-def test_h100_kernels_spill_nothing_and_use_wgmma_and_tma(options, shape, spills):
+def test_h100_kernels_spill_nothing_and_use_wgmma_and_tma(options, shape):
     result = compiled("h100", options=tuple(options.split()), **shape)
     assert result.pictures == []
     assert [re.sub(r"_\d+$", "", k["name"]) for k in result.kernels] == [
@@ -73,11 +80,10 @@ def test_h100_kernels_spill_nothing_and_use_wgmma_and_tma(options, shape, spills
         "flash_attention_keys",
         "flash_attention_queries",
     ]
-    assert max(k["spills"] for k in result.kernels) <= spills
     for kernel in result.kernels:
-        assert kernel["registers"] == 168, kernel["name"]
+        assert (kernel["registers"], kernel["spills"]) == (168, 0), kernel["name"]
         assert not kernel["serialized"], kernel["name"]
-        assert spills or not {"LDL", "STL"} & set(kernel["instructions"])
+        assert not {"LDL", "STL"} & set(kernel["instructions"])
         assert {"HGMMA", "UTMALDG"} <= set(kernel["instructions"])
 
 
