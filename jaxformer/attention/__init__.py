@@ -35,6 +35,8 @@ SHORT = {"cpu": 512 * 512, "gpu": 512 * 512, "tpu": 256 * 256}
 
 Measured on a CPU; estimated for TPUs, where both meet between 128 and 256 (`docs/attention.md`).
 """
+SHORT_PACKED = SHORT | {"tpu": 128 * 128}
+"""The same for packed rows: there a TPU takes smaller tiles, and more heads at a time."""
 
 
 @overload
@@ -93,7 +95,7 @@ def attention(
       soft_cap: c in c tanh(score / c), which keeps scores between -c and c (Gemma 2, 2024).
       dropout: (rate, key) of the dropout on the weights, or None.
       implementation: a name in `IMPLEMENTATIONS`; None takes the first that can serve, and
-        implementations in blocks only from `SHORT` on.
+        implementations in blocks only from `SHORT` (`SHORT_PACKED`) on.
       context_keys: how devices that share a row see each other's keys: "ring" or "gather".
       return_lse: also return the log-sum-exp of each query's scores, with which results over parts
         of the keys can be put together.
@@ -108,7 +110,8 @@ def attention(
     """
     _check(q_BTHK, k_BSGK, v_BSGK, bias, alibi, implementation)
     extras = Extras.of(q_BTHK.shape[2], k_BSGK.shape[1], bias, alibi, soft_cap, dropout)
-    names = (implementation,) if implementation else _order(q_BTHK.shape[1], k_BSGK.shape[1])
+    size, packed = q_BTHK.shape[1] * k_BSGK.shape[1], mask.q_segments_BT is not None
+    names = (implementation,) if implementation else _order(size, packed)
     refusals = []
     for name in names:
         try:
@@ -139,11 +142,11 @@ def _check(q_BTHK, k_BSGK, v_BSGK, bias, alibi, implementation) -> None:
         raise ValueError(f"there is no attention {implementation!r}; known: {known}")
 
 
-def _order(T: int, S: int) -> tuple[str, ...]:
+def _order(size: int, packed: bool) -> tuple[str, ...]:
+    """For pictures of this size (T times S)."""
     here = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}.get(platform(), "cpu")
     left_out = {name for name in ("pallas_tpu", "pallas_gpu") if not name.endswith(here)}
-    size = T * S
-    if size < SHORT[here]:
+    if size < (SHORT_PACKED if packed else SHORT)[here]:
         left_out |= {"pallas_tpu", "pallas_gpu", "blockwise"}
     return tuple(name for name in IMPLEMENTATIONS if name not in left_out)
 

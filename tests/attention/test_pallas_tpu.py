@@ -84,11 +84,11 @@ def test_of_packed_rows_at_least_85_percent_is_left_out(monkeypatch, causal):
 
 
 def test_it_is_chosen_on_a_tpu_only_and_for_long_rows(monkeypatch):
-    assert module._order(2048, 2048) == ("blockwise", "dense", "reference")
+    assert module._order(2048**2, False) == ("blockwise", "dense", "reference")
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert module._order(2048, 2048)[0] == "pallas_tpu"
-    assert module._order(256, 256)[0] == "pallas_tpu"
-    assert module._order(255, 256) == ("dense", "reference")
+    for shortest, packed in ((256, False), (128, True)):
+        assert module._order(shortest**2, packed)[0] == "pallas_tpu"
+        assert module._order(shortest**2 - 1, packed) == ("dense", "reference")
 
 
 @pytest.mark.parametrize(
