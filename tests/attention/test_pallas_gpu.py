@@ -56,10 +56,10 @@ def test_what_sees_nothing_gives_zero():
 
 
 def test_it_is_chosen_on_a_gpu_only_and_for_long_rows(monkeypatch):
-    assert "pallas_gpu" not in module._order(2048, 2048)
+    assert "pallas_gpu" not in module._order(2048**2, False)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert module._order(2048, 2048) == ("pallas_gpu", "blockwise", "dense", "reference")
-    assert module._order(30, 30) == ("dense", "reference")
+    assert module._order(2048**2, False) == ("pallas_gpu", "blockwise", "dense", "reference")
+    assert module._order(30**2, False) == ("dense", "reference")
 
 
 @pytest.mark.parametrize(
