@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from training_cases import ROWS, TINY, V, change, fresh, packed, stepper
 
+import jaxformer.attention as attention
 from jaxformer import trees
 from jaxformer.config import MeshConfig
 from jaxformer.model import Transformer
@@ -62,6 +63,24 @@ def test_loss_and_gradient_of_a_known_step():
     assert float(metrics["loss"] / metrics["count"]) == pytest.approx(4.153379, rel=1e-4)
     assert float(metrics["nll"] / metrics["count"]) == pytest.approx(4.171527, rel=1e-4)
     assert float(metrics["grad_norm"]) == pytest.approx(1.405937, rel=1e-4)
+
+
+def test_a_run_with_the_tpu_kernel_has_the_losses_of_one_with_the_formula(monkeypatch):
+    """20 steps of packed rows with dropout; the kernel is interpreted."""
+    optimizer = make(DROPPING)
+
+    def losses(implementation):
+        monkeypatch.setattr(attention, "_order", lambda *_: (implementation,))
+        step = jax.jit(functools.partial(train_step, config=DROPPING, optimizer=optimizer))
+        state, found = started(DROPPING), []
+        for number in range(20):
+            state, metrics = step(state, packed(number))
+            found.append(float(metrics["loss"] / metrics["count"]))
+        return found
+
+    wanted = losses("reference")
+    assert max(wanted) - min(wanted) > 0.1
+    np.testing.assert_allclose(losses("pallas_tpu"), wanted, rtol=1e-4)
 
 
 @pytest.mark.parametrize("k", [2, 4])
