@@ -4,7 +4,7 @@
     python -m benchmarks.tune_tpu --full               # without a causal mask
     python -m benchmarks.tune_tpu --sentence 30        # packed rows
 
-On v5p the two cores of a chip share the blocks of heads: let B H be at least 4 heads of them.
+The two cores of v5p share the blocks of heads: there must be two, or one core counts for both.
 
 The compiler of libtpu (extra `aot-tpu`) tells the cycles of the kernel for each choice of tiles.
 That of JAX 0.10.2 (0.0.42) cannot tell them for tpu7x; that of JAX 0.12 (0.0.50) can.

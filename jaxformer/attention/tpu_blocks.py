@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxformer.attention.extras import Extras
 from jaxformer.attention.mask import Mask
-from jaxformer.attention.tpu_table import HELD, LANES, VMEM, Tiles
+from jaxformer.attention.tpu_table import HELD, LANES, VMEM, WIDEST, Tiles
 
 LOG2_E = math.log2(math.e)
 
@@ -143,7 +143,8 @@ def plan_of(
     beside = LANES // K if K < LANES and LANES % K == 0 else 1
     side = beside if G == H and H % beside == 0 else 1
     packed = side
-    while G == H and H % (2 * packed) == 0 and 2 * packed <= min(tiles.heads, HELD // max(T, 1)):
+    most = min(tiles.heads, HELD // max(T, 1), WIDEST // (_up(K, LANES) * q_BTHK.dtype.itemsize))
+    while G == H and H % (2 * packed) == 0 and 2 * packed <= most:
         packed *= 2
     n, q_tiles = _cut(T, tiles.n, tiles.q_block)
     m, k_tiles = _cut(S, tiles.m, tiles.k_block)

@@ -31,6 +31,9 @@ HELD = 2**14
 """Queries of the heads of a block together, where there are several; the backward pass keeps them.
 """
 
+WIDEST = 2048
+"""Bytes of a place in the heads of a block, where there are several: 8 of 128 in bfloat16."""
+
 
 class Generation(NamedTuple):
     """Forward and backward, where whole tiles are looked at and where segments cut them up."""
@@ -42,8 +45,8 @@ class Generation(NamedTuple):
 # The best of those tried, for rows of 2,048 in bfloat16 and heads of 64 and of 128, by the
 # compiler's estimates for v5e, v5p and v6e (benchmarks/tune_tpu.py). Pieces fit the matrix unit:
 # 128 x 128 up to v5, 256 x 256 since. Heads of a block are independent work for the units of a
-# core.
-# Packed sentences are short: a tile of keys begins where they do, and one of 256 mostly is enough.
+# core. Packed sentences are short: a tile of keys begins where they do, and one of 256 mostly is
+# enough.
 NARROW = Generation(
     dense=(
         Tiles(1024, 1024, 1024, 4096, 128, 128, heads=2),
@@ -72,7 +75,7 @@ GENERATIONS = {
     "TPU v5p": NARROW,
     "TPU v6 lite": WIDE,
     "TPU v6e": WIDE,
-    "TPU7x": WIDE,
+    "TPU7x": WIDE,  # the row of v6e, not tuned
 }
 OTHER = WIDE
 """For devices that are not in the table, and the interpreter."""

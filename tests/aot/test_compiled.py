@@ -49,10 +49,12 @@ def test_all_options_at_once_compile_for_a_tpu():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("chip", ["v5p", "v6e", "tpu7x"])
-def test_packed_rows_compile_for_other_tpus(chip):
-    """Eight heads of 128 to a block: as much as goes into VMEM."""
-    check_tpu(compiled(chip, H=8, G=8, options=("segments", "dropout")))
+@pytest.mark.parametrize(
+    ("chip", "D"), [("v5p", 128), ("v6e", 128), ("tpu7x", 128), ("tpu7x", 256)]
+)
+def test_packed_rows_compile_for_other_tpus(chip, D):
+    """Eight heads of 128 to a block, or fewer wide ones: as much as goes into VMEM."""
+    check_tpu(compiled(chip, D=D, H=8, G=8, options=("segments", "dropout")))
 
 
 @pytest.mark.long
