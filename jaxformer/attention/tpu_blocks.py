@@ -143,7 +143,9 @@ def plan_of(
     beside = LANES // K if K < LANES and LANES % K == 0 else 1
     side = beside if G == H and H % beside == 0 else 1
     packed = side
-    most = min(tiles.heads, HELD // max(T, 1), WIDEST // (_up(K, LANES) * q_BTHK.dtype.itemsize))
+    lanes, size = _up(K, LANES), q_BTHK.dtype.itemsize
+    held = max(T, 1) * lanes * (2 * size + 4)  # as in `Plan.held`
+    most = min(tiles.heads, HELD // held, WIDEST // (lanes * size))
     while G == H and H % (2 * packed) == 0 and 2 * packed <= most:
         packed *= 2
     n, q_tiles = _cut(T, tiles.n, tiles.q_block)

@@ -27,9 +27,8 @@ VMEM = 100 * 2**20
 LONGEST = 40 * 2**20
 """Bytes of VMEM for the queries of a head and their gradients: the smallest core has 64 MiB."""
 
-HELD = 2**14
-"""Queries of the heads of a block together, where there are several; the backward pass keeps them.
-"""
+HELD = 2**24
+"""The same for the heads of a block together, where there are several."""
 
 WIDEST = 2048
 """Bytes of a place in the heads of a block, where there are several: 8 of 128 in bfloat16."""

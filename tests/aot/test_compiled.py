@@ -50,11 +50,12 @@ def test_all_options_at_once_compile_for_a_tpu():
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("chip", "D"), [("v5p", 128), ("v6e", 128), ("tpu7x", 128), ("tpu7x", 256)]
+    ("chip", "S", "D"),
+    [("v5p", 2048, 128), ("v6e", 2048, 128), ("tpu7x", 2048, 128), ("tpu7x", 4096, 256)],
 )
-def test_packed_rows_compile_for_other_tpus(chip, D):
+def test_packed_rows_compile_for_other_tpus(chip, S, D):
     """Eight heads of 128 to a block, or fewer wide ones: as much as goes into VMEM."""
-    check_tpu(compiled(chip, D=D, H=8, G=8, options=("segments", "dropout")))
+    check_tpu(compiled(chip, S=S, D=D, H=8, G=8, options=("segments", "dropout")))
 
 
 @pytest.mark.long
